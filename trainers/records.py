@@ -1,0 +1,327 @@
+"""What a run leaves on disk, and the only way to write it.
+
+Files are the contract between the stages, the runner and the reader. Every record is written whole under a temporary
+name and renamed, so it exists or it does not; lists (events, metrics) are closed JSONL segments, because objects in a
+bucket cannot be appended to. Readers ignore keys they do not know. A writer re-reads the run's lease before each write
+and stops (`Fenced`) once a later attempt holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainers.errors import Fenced
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """Base of all records. Unknown keys are kept, so that an older reader passes on what a newer writer said."""
+
+    model_config = ConfigDict(extra="allow")
+
+    schema_version: int = SCHEMA_VERSION
+    attempt: int = 0
+    """The attempt that wrote it; filled in by RunDir."""
+    time: float = Field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Lease(Record):
+    """Which attempt may write. Written by the runner before it starts an attempt."""
+
+
+class Event(Record):
+    """Something a job's owner should know, in one line."""
+
+    level: Literal["info", "warn", "error"] = "info"
+    message: str
+    data: dict[str, Any] | None = None
+    id: str = ""
+    """`{attempt}-{writer}-{segment}-{line}`; filled in when read."""
+
+
+class StageProgress(Event):
+    """How far a stage has come: shown live, replaced by the next one. `data` of the event holds the numbers."""
+
+
+class StepRecord(Record):
+    """One optimizer step."""
+
+    step: int
+    """Counts from 1: the number of optimizer steps made."""
+    num_steps: int
+    epoch: float
+    """Passes over the data made so far, fractional."""
+    train_loss: float
+    """Weighted mean negative log-likelihood per supervised token, in nats."""
+    train_accuracy: float
+    """Share of supervised tokens whose most likely prediction is right."""
+    learning_rate: float
+    grad_norm: float
+    """Global norm before clipping."""
+    tokens: int
+    """Tokens of this step, over all workers."""
+    supervised_tokens: int
+    seconds: float
+    """Wall time of this step."""
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+
+
+class SourceReport(BaseModel):
+    """One source's part of the data report."""
+
+    name: str
+    format: str
+    bytes: int
+    sha256: str
+    read: int
+    kept: int
+    dropped: dict[str, int] = {}
+    """Reason -> number of examples left out."""
+
+
+class SplitReport(BaseModel):
+    """Counts of one split (train or validation) of the token store."""
+
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    length_p50: int = 0
+    length_p95: int = 0
+    length_max: int = 0
+    slices: dict[str, int] = {}
+
+
+class DataReport(Record):
+    """What was read, kept and left out, and why. read == kept + sum(dropped) holds for every source."""
+
+    sources: list[SourceReport]
+    train: SplitReport
+    validation: SplitReport
+    template_sha256: str
+    tokenizer_sha256: str
+
+
+class PrepareRecord(Record):
+    """The prepare stage is done: the token store is whole and proven."""
+
+    store: str
+    """Folder of the token store."""
+    key: str
+    """The store's content address."""
+    cached: bool
+    """An earlier job had prepared the same data."""
+    seconds: float
+
+
+class CheckpointRecord(Record):
+    """A checkpoint's MANIFEST.json. A folder without one, or with one its files do not match, is no checkpoint."""
+
+    step: int
+    files: dict[str, dict[str, int | str]]
+    """File name -> {"bytes": size, "sha256": hex digest}."""
+    train_loss: float
+    train_accuracy: float
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+
+
+class TrainRecord(Record):
+    """The train stage is done (or was stopped, or failed for a reason that its owner must mend)."""
+
+    status: Literal["finished", "stopped", "failed"]
+    step: int = 0
+    num_steps: int = 0
+    trained_tokens: int = 0
+    """Tokens processed over all steps and epochs."""
+    best_step: int | None = None
+    """Step of the chosen checkpoint: lowest validation loss, else the last."""
+    seconds: float = 0.0
+    error: dict[str, Any] | None = None
+    """`{"code", "message", "param"}` when failed."""
+
+
+class ModelRecord(Record):
+    """The merge stage is done: what the tuned model is and where its parts lie, relative to the run directory."""
+
+    base: str
+    """Catalogue id of the base model."""
+    adapter: str
+    """PEFT folder of the chosen step."""
+    merged: str | None
+    """Folder of the merged model; None when the spec asked for none."""
+    step: int
+    max_logit_difference: float | None = None
+    """Largest difference of any logit, merged against base + adapter, over the probe prompts."""
+
+
+class DeployRecord(Record):
+    """The deploy stage is done: the name answered."""
+
+    model: str
+    """The name that answers at the service's base_url."""
+    first_answer_s: float
+    """Seconds from asking to the first answer."""
+
+
+class TaskResult(BaseModel):
+    """One task: base against tuned on the same examples."""
+
+    name: str
+    metric: str
+    examples: int
+    base: dict[str, float]
+    """Metric name -> mean, for example {"exact_match": 0.12, "valid_json": 0.4}."""
+    tuned: dict[str, float]
+    slices: dict[str, dict[str, Any]] = {}
+    """Slice -> {"examples", "base", "tuned"}."""
+    samples: list[dict[str, str]] = []
+    """A few prompts with reference, base and tuned answer."""
+
+
+class EvaluationRecord(Record):
+    """The evaluate stage is done (`evaluation.json`)."""
+
+    tasks: list[TaskResult]
+    seconds: float
+
+
+class OutcomeRecord(Record):
+    """How an attempt ended (`outcome.json`), written last of all. No outcome after the process is gone = a crash."""
+
+    status: Literal["succeeded", "failed"]
+    error: dict[str, Any] | None = None
+    """`{"code", "message", "param"}` when failed: a reason that its owner must mend, never retried."""
+
+
+class RunDir:
+    """One run's folder, seen by one attempt of one writer.
+
+    `writer` names the process (`driver`, `train`) so that two of them never share a segment file.
+    A reader leaves attempt and writer out; it then has no right to write.
+    """
+
+    def __init__(self, root: str | Path, attempt: int = 0, writer: str = "") -> None:
+        self.root = Path(root)
+        self.attempt = attempt
+        self.writer = writer
+
+    def path(self, *parts: str) -> Path:
+        return self.root.joinpath(*parts)
+
+    # -- single records ----------------------------------------------------------------------------------------------
+
+    def check_lease(self) -> None:
+        """Raise Fenced if a later attempt may write (a driver whose head died lives on for a minute)."""
+        lease = self.read("lease.json", Lease)
+        if lease is not None and lease.attempt > self.attempt:
+            raise Fenced(f"Attempt {self.attempt} of {self.root.name} was replaced by attempt {lease.attempt}.", "This process stops without writing.")
+
+    def write(self, name: str, record: Record) -> None:
+        """Write a record whole, as the last act of what it stands for."""
+        self.check_lease()
+        write_atomic(self.path(name), record.model_copy(update={"attempt": self.attempt}).model_dump_json(indent=2))
+
+    def read(self, name: str, kind: type[R]) -> R | None:
+        """The record of this name, or None where it was not (yet) written."""
+        try:
+            return kind.model_validate_json(self.path(name).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def grant(self) -> None:
+        """Take the lease for this attempt (the runner's part, before the attempt starts)."""
+        self.write("lease.json", Lease())
+
+    # -- lists in segments -------------------------------------------------------------------------------------------
+
+    def append(self, kind: str, records: list[Any]) -> None:
+        """Close one segment of `kind` ("events", "metrics") with these records."""
+        if not records:
+            return
+        self.check_lease()
+        folder = self.path(kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"{self.attempt:04d}-{self.writer}-"
+        number = 1 + max((int(p.stem.rsplit("-", 1)[1]) for p in folder.glob(f"{stem}*.jsonl")), default=0)
+        lines = [r.model_copy(update={"attempt": self.attempt}).model_dump_json(exclude={"id"}) for r in records]
+        write_atomic(folder / f"{stem}{number:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def event(self, message: str, level: Literal["info", "warn", "error"] = "info", **data: Any) -> None:
+        """Tell the job's owner something, at once."""
+        self.append("events", [Event(level=level, message=message, data=data or None)])
+
+    def events(self, after: set[str] = frozenset()) -> Iterator[tuple[str, list[Event]]]:  # type: ignore[assignment]
+        """Closed segments not named in `after`: (segment file name, its events), oldest writer first."""
+        for name, lines in self._segments("events", after):
+            stem = name.removesuffix(".jsonl")
+            yield name, [Event.model_validate({**json.loads(line), "id": f"{stem}-{i}"}) for i, line in enumerate(lines)]
+
+    def steps(self) -> list[StepRecord]:
+        """Every step's record in order; where a resumed attempt made a step again, the later one counts."""
+        by_step: dict[int, StepRecord] = {}
+        for _, lines in self._segments("metrics", set()):
+            for line in lines:
+                record = StepRecord.model_validate_json(line)
+                by_step[record.step] = record
+        return [by_step[s] for s in sorted(by_step)]
+
+    def _segments(self, kind: str, after: set[str]) -> Iterator[tuple[str, list[str]]]:
+        for path in sorted(self.path(kind).glob("*.jsonl")):
+            if path.name not in after:
+                yield path.name, path.read_text(encoding="utf-8").splitlines()
+
+    # -- live progress -----------------------------------------------------------------------------------------------
+
+    def progress(self, stage: str, **numbers: Any) -> None:
+        """Replace the one record that says what the run is doing now (`progress.json`)."""
+        self.write("progress.json", StageProgress(message=stage, data=numbers))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that readers see all of it or the file before it, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    with suppress(OSError):  # some filesystems refuse to sync a folder; the rename itself is still atomic
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+_CHECKPOINT = re.compile(r"^step-(\d{6,})-a(\d+)$")
+
+
+def checkpoint_name(step: int, attempt: int) -> str:
+    return f"step-{step:06d}-a{attempt}"
+
+
+def parse_checkpoint_name(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of a checkpoint folder's name, or None for any other name."""
+    match = _CHECKPOINT.match(name)
+    return (int(match[1]), int(match[2])) if match else None

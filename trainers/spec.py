@@ -1,0 +1,256 @@
+"""JobSpec: what a job is, as plain typed data. No torch and no Ray are loaded here.
+
+One YAML file = one JSON object = `extra_body={"job": {...}}` on the wire. Unknown keys are refused with the nearest
+known key, values out of range with the rule; nothing is rewritten quietly. `auto` is resolved in one visible place,
+`resolve`, and the result is saved in the run directory as `resolved.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainers.errors import SpecError
+
+Auto = Literal["auto"]
+
+
+class Part(BaseModel):
+    """A frozen section of the spec: unknown keys and mistyped values are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Source(Part):
+    path: str
+    """A local file (or any fsspec URL)."""
+    format: Literal["auto", "messages", "alpaca", "sharegpt"] = "auto"
+    """How a row is laid out; `auto` decides by the keys of the first row and holds every other row to it."""
+    name: str | None = None
+    """What errors and reports call this source; the path's last part by default."""
+
+    @property
+    def shown(self) -> str:
+        return self.name or self.path.rsplit("/", 1)[-1]
+
+
+class ModelPart(Part):
+    base: str = "smollm2-135m-instruct"
+    """A catalogue id or alias, a local Hugging Face folder, or a hub id (`org/name`)."""
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
+    """The longest example, in tokens, template included."""
+    overlength: Literal["refuse", "drop"] = "refuse"
+    """What happens to a longer example: the job stops and names it, or it is left out and counted."""
+
+
+class DataPart(Part):
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Where the training examples come from, in order."""
+    validation: Annotated[float, Field(ge=0.0, le=0.5)] | list[Source] = 0.05
+    """A fraction split off the training examples by a hash of each example, or sources of their own."""
+    train_on: Literal["assistant", "last_assistant"] = "assistant"
+    """Which turns are supervised: every assistant turn, or only the last one."""
+    slice_by: str | None = None
+    """A column whose value groups examples in the data report and in every evaluation."""
+
+
+class Lora(Part):
+    type: Literal["lora"] = "lora"
+    """Low-rank adapters on a frozen base (Hu et al., 2021)."""
+    r: Annotated[int, Field(ge=1, le=512)] = 16
+    """Rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter's output is scaled by alpha / r."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which linear layers get an adapter: all but the head, or layer names such as `q_proj`."""
+
+
+class Optim(Part):
+    type: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter, 2017) with fp32 state."""
+    epochs: Annotated[int, Field(ge=1, le=50)] = 2
+    """Passes over the training examples."""
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    """Examples per optimizer step, over all workers."""
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = "auto"
+    """Peak learning rate; `auto` takes the catalogue's rate for the base and method."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls from its peak to zero after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of all steps over which the rate rises linearly."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay per unit of learning rate."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm when they exceed it."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Seeds the order of examples and the adapters' first values."""
+
+
+class Validate(Part):
+    every_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """Steps between two passes over the validation examples; `auto` makes about five in a run."""
+
+
+class CheckpointPart(Part):
+    every_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """Steps between checkpoints; `auto` saves with every validation."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest full checkpoints stay (adapters of all of them stay)."""
+    keep_best: bool = True
+    """Also keep the one with the lowest validation loss."""
+
+
+class Scale(Part):
+    workers: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Training processes; never changes which examples a step sees."""
+    tokens_per_microbatch: Auto | Annotated[int, Field(ge=16)] = "auto"
+    """Token budget of one forward pass on one worker; never changes the gradient beyond rounding."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the forward and backward pass; adapters and optimizer state are always fp32."""
+
+
+class Export(Part):
+    merge: bool = True
+    """Write the adapter merged into the base as one Hugging Face folder."""
+
+
+class EvalTask(Part):
+    path: str
+    """Held-out conversations, in any format that training reads; the last assistant turn is the reference."""
+    metric: Literal["exact_match", "json_match"] = "exact_match"
+    """How an answer is scored: equal text (outer blanks aside), or equal JSON values."""
+    name: str | None = None
+    """What the report calls this task; the path's last part by default."""
+    max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
+    """Longest answer."""
+
+    @property
+    def shown(self) -> str:
+        return self.name or self.path.rsplit("/", 1)[-1]
+
+
+class Evaluate(Part):
+    tasks: list[EvalTask] = []
+    """Held-out tasks on which base and tuned model are compared, through the endpoint."""
+
+
+class Deploy(Part):
+    serve: bool = True
+    """Make the tuned model answer at the service's base_url."""
+
+
+class JobSpec(Part):
+    """A whole job. Every section but `data` has working defaults."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$")] = "job"
+    """Becomes the suffix of the tuned model's name."""
+    model: ModelPart = ModelPart()
+    data: DataPart
+    method: Lora = Lora()
+    optim: Optim = Optim()
+    validate_: Annotated[Validate, Field(alias="validate")] = Validate()  # pydantic owns the bare name
+    checkpoint: CheckpointPart = CheckpointPart()
+    scale: Scale = Scale()
+    export: Export = Export()
+    evaluate: Evaluate = Evaluate()
+    deploy: Deploy = Deploy()
+
+    model_config = ConfigDict(populate_by_name=False, serialize_by_alias=True)
+
+    @classmethod
+    def parse(cls, value: Any) -> JobSpec:
+        """Build a spec from plain data, or raise SpecError naming key, value, rule and remedy."""
+        if not isinstance(value, dict):
+            raise SpecError(f"A job must be a mapping of sections, not {type(value).__name__}.", "Start with `data: {train: [{path: ...}]}`.")
+        try:
+            return cls.model_validate(value, strict=False)
+        except ValidationError as error:
+            raise _explain(error) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> JobSpec:
+        """Read a YAML or JSON file; relative data paths are taken from the file's own folder."""
+        path = Path(path)
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(f"{path}: {error.strerror}.", "Name a job file that exists.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}.", "Mend the line it names.") from None
+        spec = cls.parse(value)
+        return spec.with_paths(lambda p: p if "://" in p else str((path.parent / p).resolve()))
+
+    def with_paths(self, change: Any) -> JobSpec:
+        """The same spec with `change(path)` in place of every data path."""
+
+        def moved(source: Source) -> Source:
+            return source.model_copy(update={"path": change(source.path), "name": source.shown})
+
+        data = self.data.model_copy(
+            update={
+                "train": [moved(s) for s in self.data.train],
+                "validation": [moved(s) for s in self.data.validation] if isinstance(self.data.validation, list) else self.data.validation,
+            }
+        )
+        tasks = [t.model_copy(update={"path": change(t.path), "name": t.shown}) for t in self.evaluate.tasks]
+        return self.model_copy(update={"data": data, "evaluate": Evaluate(tasks=tasks)})
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2)
+
+
+class Placement(Part):
+    """Where a job runs, as numbers: the outcome of planning, kept apart from what the job is."""
+
+    workers: int = 1
+    """Training processes."""
+    threads_per_worker: int = 1
+    """CPU threads of one training process."""
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def _explain(error: ValidationError) -> SpecError:
+    """The first of pydantic's complaints as one line: key, value, rule; and the nearest known key for a typo."""
+    # A typo explains the missing key that it causes, and the deepest complaint is the closest to what was meant.
+    urgency = {"extra_forbidden": 0, "missing": 1}
+    first = min(error.errors(include_url=False), key=lambda e: (urgency.get(e["type"], 2), -len(e["loc"])))
+    # Union members appear in `loc` as tags such as "float" or "list[Source]"; they are no part of the user's key.
+    place = [p for p in first["loc"] if isinstance(p, int) or (p.isidentifier() and p not in ("float", "int", "str"))]
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), _fields_at(place[:-1]), n=1)
+        remedy = f"Did you mean `{near[0]}`?" if near else f"Known keys here: {', '.join(_fields_at(place[:-1]))}."
+        return SpecError(f"`{key}` is not a key of a job.", remedy, key)
+    if first["type"] == "missing":
+        return SpecError(f"`{key}` is missing.", f"Add `{place[-1]}` to the job.", key)
+    value = json.dumps(first["input"], default=str)
+    value = value if len(value) <= 80 else value[:77] + "..."
+    rules = "; or ".join(dict.fromkeys(e["msg"] for e in error.errors(include_url=False) if e["loc"][: len(place)] == first["loc"][: len(place)]))
+    return SpecError(f"`{key}` is {value}: {rules}.", "Change it to a value the rule allows.", key)
+
+
+def _fields_at(place: list[Any]) -> list[str]:
+    """Known keys of the section that `place` (path of keys and indices) leads to."""
+    part: Any = JobSpec
+    for key in place:
+        if isinstance(key, int):
+            continue
+        fields = {f.alias or name: f for name, f in part.model_fields.items()}
+        part = next((p for p in _parts(fields[key].annotation)), None) if key in fields else None
+        if part is None:
+            return []
+    return [f.alias or name for name, f in part.model_fields.items()]
+
+
+def _parts(annotation: Any) -> list[type[Part]]:
+    """Every spec section named anywhere inside a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        return [annotation]
+    return [part for inner in getattr(annotation, "__args__", ()) for part in _parts(inner)]
