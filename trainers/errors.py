@@ -86,6 +86,12 @@ class CheckpointError(TuneyardError):
     code = "damaged_checkpoint"
 
 
+class StoreError(TuneyardError):
+    """A token store is incomplete or damaged: its manifest does not match its files."""
+
+    code = "damaged_store"
+
+
 class Fenced(TuneyardError):
     """A later attempt of the same job holds the lease; this writer must stop without writing."""
 
