@@ -1,0 +1,216 @@
+"""LoRA adapters at run time: read from PEFT folders, shared by requests, and mixed in one batch.
+
+All adapters of a batch are stacked along the rank: with A = [A1; A2; ...] and B = [B1 B2 ...], one pair of matmuls computes
+every adapter for every token, and a 0/1 mask between the two keeps to each token its own adapter's ranks. So the cost grows
+with the summed rank, not with the number of adapters, and a batch of bare-base tokens pays nothing.
+
+Shape legend: T tokens, I in features, O out features, R summed rank of the batch's adapters, r rank of one adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from trainers.errors import ModelError, Unavailable
+
+PREFIX = "base_model.model."  # PEFT's name for the model that it wraps
+
+# PEFT features that change the arithmetic, with the values that leave it plain.
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": ([], None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "trainable_token_indices": ([], None),
+    "layer_replication": ([], None),
+}
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter in memory: module name -> (A of shape r x I, scaled and transposed B of shape r x O)."""
+
+    path: str
+    rank: int
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    num_users: int = 0
+    """Running requests; while it is above zero the adapter stays."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for pair in self.weights.values() for t in pair)
+
+
+def load_adapter(path: str, shapes: dict[str, tuple[int, int]], dtype: torch.dtype) -> Adapter:
+    """Read a PEFT LoRA folder for a base whose linear layers have these (O, I) shapes.
+
+    Raises ModelError if files are missing, the adapter uses more than plain LoRA, or it was made for another base.
+    """
+    folder = Path(path)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = int(config["r"])
+        scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder.name}: not a readable PEFT LoRA adapter ({type(error).__name__}: {error}).",
+            "It needs adapter_config.json with `r` and `lora_alpha`, and adapter_model.safetensors.",
+        ) from None
+    for key, plain in PLAIN.items():
+        if key in config and config[key] not in plain:
+            raise ModelError(f"{folder.name}: `{key}: {config[key]}` is not supported.", "Serve the merged model instead.")
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        pairs.setdefault(name, {})[part] = tensor
+    weights = {}
+    for name, pair in pairs.items():
+        if name not in shapes or set(pair) != {"lora_A", "lora_B"}:
+            raise ModelError(
+                f"{folder.name}: adapts `{name}` ({', '.join(sorted(pair))}), which this base cannot take.", "Serve it on its own base model."
+            )
+        num_out, num_in = shapes[name]
+        a, b = pair["lora_A"], pair["lora_B"]
+        if a.shape != (rank, num_in) or b.shape != (num_out, rank):
+            raise ModelError(
+                f"{folder.name}: `{name}` has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base needs {(rank, num_in)} and {(num_out, rank)}.",
+                "Serve it on the base model that it was trained on.",
+            )
+        weights[name] = (a.to(dtype), (b.float() * scaling).T.contiguous().to(dtype))
+    return Adapter(path, rank, weights)
+
+
+class AdapterRegistry:
+    """The adapters in memory, least recently used first; safe to use from any thread."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, max_bytes: int) -> None:
+        self.shapes, self.dtype, self.max_bytes = shapes, dtype, max_bytes
+        self._loaded: OrderedDict[str, Adapter] = OrderedDict()
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()  # apart, so that a slow read never keeps the scheduler from releasing
+
+    def acquire(self, path: str) -> Adapter:
+        """The adapter of this folder, loaded if need be, held until `release`.
+
+        Raises ModelError if it cannot be used, Unavailable if running requests hold all of the memory.
+        """
+        if adapter := self._hold(path):
+            return adapter
+        with self._loading:
+            if adapter := self._hold(path):  # another request has just loaded it
+                return adapter
+            adapter = load_adapter(path, self.shapes, self.dtype)
+            with self._lock:
+                self._make_room(adapter.num_bytes)
+                self._loaded[path] = adapter
+                adapter.num_users = 1
+            return adapter
+
+    def release(self, adapter: Adapter) -> None:
+        with self._lock:
+            adapter.num_users -= 1
+
+    def loaded(self) -> list[str]:
+        """Paths in memory, least recently used first."""
+        with self._lock:
+            return list(self._loaded)
+
+    def _hold(self, path: str) -> Adapter | None:
+        with self._lock:
+            if adapter := self._loaded.get(path):
+                self._loaded.move_to_end(path)
+                adapter.num_users += 1
+            return adapter
+
+    def _make_room(self, num_bytes: int) -> None:
+        idle = [a for a in self._loaded.values() if a.num_users == 0]
+        free = self.max_bytes - sum(a.num_bytes for a in self._loaded.values())
+        if num_bytes > free + sum(a.num_bytes for a in idle):
+            raise Unavailable(
+                f"The adapter needs {num_bytes:,} bytes; running requests hold the rest of the {self.max_bytes:,} for adapters.",
+                "Ask again shortly, or raise max_adapter_bytes.",
+            )
+        for adapter in idle:
+            if num_bytes <= free:
+                break
+            del self._loaded[adapter.path]
+            free += adapter.num_bytes
+
+
+@dataclass
+class Mix:
+    """Which adapters the current batch uses, shared by all adapted layers of one model."""
+
+    adapters: tuple[Adapter, ...] = ()
+    mask_TR: torch.Tensor | None = None
+    """1 where the token's own adapter has its ranks; None for a batch of the bare base."""
+    stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Module name -> (A of shape R x I, B of shape R x O); modules that no adapter touches are left out."""
+
+    def choose(self, adapters_T: list[Adapter | None]) -> None:
+        """Set the batch: one adapter (or none) for each token."""
+        present = tuple(sorted({a for a in adapters_T if a is not None}, key=id))
+        if not present:
+            self.mask_TR = None  # the stack stays: the next batch often brings the same adapters back
+            return
+        dtype = next(iter(present[0].weights.values()))[0].dtype
+        if present != self.adapters:
+            self.adapters = present
+            self.stacked = dict(stack(present))
+        owner_R = torch.tensor([i for i, a in enumerate(present) for _ in range(a.rank)])
+        owner_T = torch.tensor([present.index(a) if a is not None else -1 for a in adapters_T])
+        self.mask_TR = (owner_T[:, None] == owner_R[None, :]).to(dtype)
+
+    def clear(self) -> None:
+        """Let go of every adapter, so that evicted ones free their memory."""
+        self.adapters, self.mask_TR, self.stacked = (), None, {}
+
+
+def stack(adapters: tuple[Adapter, ...]) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Concatenate the adapters' weights along the rank, with zeros where an adapter leaves a module alone."""
+    for name in dict.fromkeys(name for a in adapters for name in a.weights):
+        a_like, b_like = next(a.weights[name] for a in adapters if name in a.weights)
+        pairs = [a.weights.get(name) or (a_like.new_zeros(a.rank, a_like.shape[1]), b_like.new_zeros(a.rank, b_like.shape[1])) for a in adapters]
+        yield name, (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
+
+
+class MixedLinear(nn.Module):
+    """A linear layer plus what the batch's adapters add to it."""
+
+    def __init__(self, linear: nn.Linear, name: str, mix: Mix) -> None:
+        super().__init__()
+        self.linear, self.name, self.mix = linear, name, mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: 1 x T x I -> 1 x T x O."""
+        y = self.linear(x)
+        if self.mix.mask_TR is not None and (pair := self.mix.stacked.get(self.name)):
+            a_RI, b_RO = pair
+            y[0].addmm_((x[0] @ a_RI.T).mul_(self.mix.mask_TR), b_RO)
+        return y
+
+
+def make_adaptable(model: nn.Module) -> tuple[Mix, dict[str, tuple[int, int]]]:
+    """Put a MixedLinear in place of every linear layer inside the decoder layers; returns the mix and the (O, I) shapes by name."""
+    mix, shapes = Mix(), {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            shapes[name] = (module.out_features, module.in_features)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, MixedLinear(module, name, mix))
+    return mix, shapes

@@ -1,0 +1,56 @@
+"""Token ids to text while they arrive: no half characters, no text beyond a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for bytes that are not (yet) a character
+
+
+class AnswerText:
+    """The text of one answer. The deltas, joined, equal `decode(all ids)` up to the first stop string."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()) -> None:
+        self._decode = decode
+        self._stop = stop
+        self._ids: list[int] = []
+        self._clean = (0, 0)
+        # Ids before _ids[start] are done with. From there on `shown` characters were passed on: a few ids are decoded again
+        # each time, because what an id says can depend on the one before it.
+        self._start, self._shown = 0, 0
+        self._held = ""
+        self.stopped = False
+        """A stop string was met; the text is complete."""
+
+    def push(self, id: int) -> str:
+        """The text that is now certain to belong to the answer."""
+        self._ids.append(id)
+        text = self._decode(self._ids[self._start :])
+        whole = text.rstrip(BROKEN)
+        delta, self._shown = whole[self._shown :], max(self._shown, len(whole))
+        if whole == text:
+            self._advance()
+        return self._cut(delta, last=False)
+
+    def flush(self) -> str:
+        """The rest of the text, at the end of the answer."""
+        return self._cut(self._decode(self._ids[self._start :])[self._shown :], last=True)
+
+    def _advance(self) -> None:
+        """Forget all ids but those since the last clean point, which stay as context."""
+        start, end = self._clean
+        self._clean = (end, len(self._ids))
+        self._start = end
+        self._shown = len(self._decode(self._ids[end:]))
+
+    def _cut(self, delta: str, last: bool) -> str:
+        text = self._held + delta
+        self._held = ""
+        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        if not last:
+            keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        return text
