@@ -69,7 +69,14 @@ def find_any(name: str) -> Base:
     """Like `find`, for the command line: also takes a local Hugging Face folder or a hub id (`org/name`)."""
     if Path(name).is_dir() and (Path(name) / "config.json").exists():
         folder = Path(name).resolve()
-        return Base(id=folder.name.lower(), folder=str(folder), licence="unknown", context=_context(folder), learning_rate={"lora": 2e-4}, batch_size=16)
+        return Base(
+            id=folder.name.lower(),
+            folder=str(folder),
+            licence="unknown",
+            context=_context(folder),
+            learning_rate={"lora": 2e-4},
+            batch_size=16,
+        )
     if "/" in name and not Path(name).exists():
         return Base(id=name.split("/")[-1].lower(), hub=name, licence="unknown", context=2048, learning_rate={"lora": 2e-4}, batch_size=16)
     return find(name)

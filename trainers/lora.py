@@ -30,8 +30,9 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.scaling = alpha / r
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=torch.float32, device=base.weight.device))
+        exact = torch.promote_types(base.weight.dtype, torch.float32)  # at least fp32
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=exact, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=exact, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         flat_TI = x.reshape(-1, x.shape[-1])
@@ -105,7 +106,9 @@ def _targets(model: nn.Module, method: Lora) -> list[tuple[str, nn.Linear]]:
         return linears
     known = sorted({n.rpartition(".")[2] for n, _ in linears})
     if unknown := [t for t in method.targets if t not in known]:
-        raise SpecError(f"`method.targets` names `{unknown[0]}`, which this model does not have.", f"It has: {', '.join(known)}.", "method.targets")
+        raise SpecError(
+            f"`method.targets` names `{unknown[0]}`, which this model does not have.", f"It has: {', '.join(known)}.", "method.targets"
+        )
     return [(n, m) for n, m in linears if n.rpartition(".")[2] in method.targets]
 
 

@@ -229,7 +229,10 @@ class RunDir:
         """Raise Fenced if a later attempt may write (a driver whose head died lives on for a minute)."""
         lease = self.read("lease.json", Lease)
         if lease is not None and lease.attempt > self.attempt:
-            raise Fenced(f"Attempt {self.attempt} of {self.root.name} was replaced by attempt {lease.attempt}.", "This process stops without writing.")
+            raise Fenced(
+                f"Attempt {self.attempt} of {self.root.name} was replaced by attempt {lease.attempt}.",
+                "This process stops without writing.",
+            )
 
     def write(self, name: str, record: Record) -> None:
         """Write a record whole, as the last act of what it stands for."""

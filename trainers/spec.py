@@ -168,7 +168,9 @@ class JobSpec(Part):
     def parse(cls, value: Any) -> JobSpec:
         """Build a spec from plain data, or raise SpecError naming key, value, rule and remedy."""
         if not isinstance(value, dict):
-            raise SpecError(f"A job must be a mapping of sections, not {type(value).__name__}.", "Start with `data: {train: [{path: ...}]}`.")
+            raise SpecError(
+                f"A job must be a mapping of sections, not {type(value).__name__}.", "Start with `data: {train: [{path: ...}]}`."
+            )
         try:
             return cls.model_validate(value, strict=False)
         except ValidationError as error:
@@ -232,7 +234,9 @@ def _explain(error: ValidationError) -> SpecError:
         return SpecError(f"`{key}` is missing.", f"Add `{place[-1]}` to the job.", key)
     value = json.dumps(first["input"], default=str)
     value = value if len(value) <= 80 else value[:77] + "..."
-    rules = "; or ".join(dict.fromkeys(e["msg"] for e in error.errors(include_url=False) if e["loc"][: len(place)] == first["loc"][: len(place)]))
+    rules = "; or ".join(
+        dict.fromkeys(e["msg"] for e in error.errors(include_url=False) if e["loc"][: len(place)] == first["loc"][: len(place)])
+    )
     return SpecError(f"`{key}` is {value}: {rules}.", "Change it to a value the rule allows.", key)
 
 

@@ -1,0 +1,144 @@
+"""Fold an adapter into its base, one shard of the base at a time: W + (alpha / r) B A, written as a Hugging Face folder.
+
+Peak memory is one shard and one fp32 copy of its largest matrix. The result is checked before it exists: its logits must agree
+with base + adapter on real prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainers import checkpoint, model
+from trainers.chat import Chat
+from trainers.errors import ModelError
+from trainers.records import ModelRecord, RunDir, sync_folder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+)
+
+
+def merge(run: RunDir, base: str, model_dir: Path, step: int, prompts: list[list[int]], write: bool = True) -> ModelRecord:
+    """Make `model/` in the run directory from the base and the adapter of `step`, and record it as `model.json`.
+
+    `prompts` are token ids on which merged and unmerged are compared. With `write=False` only the record is made.
+    """
+    done = run.read("model.json", ModelRecord)
+    if done is not None and done.step == step:
+        return done
+    adapter = f"adapters/{checkpoint.adapter_name(step)}"
+    record = ModelRecord(base=base, adapter=adapter, merged=None, step=step)
+    if write:
+        target, scratch = run.path("model"), run.path(f".model.a{run.attempt}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        write_merged(model_dir, run.path(adapter), scratch)
+        difference = compare(model_dir, run.path(adapter), scratch, prompts)
+        (scratch / "README.md").write_text(card(run, base, step), encoding="utf-8")
+        run.check_lease()
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        sync_folder(target.parent)
+        record = record.model_copy(update={"merged": "model", "max_logit_difference": difference})
+    run.write("model.json", record)
+    return record
+
+
+def write_merged(model_dir: Path, adapter: Path, out: Path) -> None:
+    """Copy the base folder, shard by shard, adding each adapter to its matrix in fp32."""
+    deltas = read_adapter(adapter)
+    for shard in sorted(model_dir.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensor = file.get_tensor(name)
+                if name in deltas:
+                    a_RI, b_OR, scaling = deltas.pop(name)
+                    tensor = (tensor.float() + scaling * (b_OR @ a_RI)).to(tensor.dtype)
+                tensors[name] = tensor.contiguous()
+        save_file(tensors, out / shard.name, metadata={"format": "pt"})
+    if deltas:
+        raise ModelError(
+            f"The adapter changes {next(iter(deltas))}, which the base does not have.", "Merge it into the base it was trained on."
+        )
+    for name in (*TOKENIZER_FILES, "model.safetensors.index.json"):
+        if (model_dir / name).exists():
+            shutil.copyfile(model_dir / name, out / name)
+
+
+def read_adapter(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A PEFT LoRA folder as {name of the base weight: (A, B, scaling)}, A (R, I) and B (O, R) in fp32."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+    scaling = config["lora_alpha"] / config["r"]
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": (
+            tensors[f"{name}.lora_A.weight"].float(),
+            tensors[f"{name}.lora_B.weight"].float(),
+            scaling,
+        )
+        for name in names
+    }
+
+
+@torch.no_grad()
+def compare(model_dir: Path, adapter: Path, merged: Path, prompts: list[list[int]]) -> float:
+    """Largest logit difference between merged and base + adapter, in fp32 arithmetic; raises ModelError where they disagree.
+
+    What is left is the rounding of the merged weights to the base's dtype. They agree if, for every prompt, the mean KL divergence of
+    the next-token distributions stays under 0.02 nats: a wrong scale, a missing layer or a swapped matrix is far above that.
+    """
+    from peft import PeftModel  # the unmerged side is computed by PEFT, so that no mistake of ours is on both sides
+
+    reference = PeftModel.from_pretrained(model.load(model_dir, torch.float32, attn="sdpa"), adapter)
+    expected = [reference(torch.tensor([ids])).logits[0] for ids in prompts]
+    del reference
+    candidate = model.load(merged, torch.float32, attn="sdpa")
+    worst = 0.0
+    for ids, want_TV in zip(prompts, expected, strict=True):
+        got_TV = candidate(torch.tensor([ids])).logits[0]
+        worst = max(worst, (got_TV - want_TV).abs().max().item())
+        kl = torch.nn.functional.kl_div(got_TV.log_softmax(-1), want_TV.log_softmax(-1), log_target=True, reduction="sum").item() / len(ids)
+        if not kl < 0.02:
+            raise ModelError(
+                f"The merged model does not agree with base + adapter (KL {kl:.3g} nats, logits off by {worst:.3g}).",
+                "Serve the adapter, and report this.",
+            )
+    return worst
+
+
+def probes(chat: Chat) -> list[list[int]]:
+    """A few prompts to compare models on."""
+    questions = ("Say hello.", "What is 12 + 30?", "List three colours as JSON.", "Write one sentence about the sea.")
+    return [chat.prompt([{"role": "user", "content": question}]) for question in questions]
+
+
+def card(run: RunDir, base: str, step: int) -> str:
+    """A short model card: what it was made from and how it did."""
+    steps = run.steps()
+    valid = next((s.valid_loss for s in reversed(steps) if s.step == step), None)
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "tags: [lora, merged, tuneyard]",
+        "---",
+        f"# {run.root.name}",
+        "",
+        f"Base `{base}` with a LoRA adapter of step {step} merged in.",
+    ]
+    if valid is not None:
+        lines.append(f"Validation loss {valid:.4f} nats per supervised token.")
+    return "\n".join([*lines, "", "The job's spec, data report, metrics and evaluation lie beside this folder."]) + "\n"

@@ -1,0 +1,258 @@
+"""The training loop, from one worker's point of view. Imports no Ray: a launcher (Ray Train, torchrun, nothing) calls `train`.
+
+    restore -> for every step: forward and backward over this worker's micro-batches, one sum over all workers, one update
+            -> now and then: validate, save a checkpoint
+
+Every decision that changes what is computed depends on the spec, the token store and the step number only, so a run that was
+killed and resumed is the run that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trainers import batching, checkpoint, lora, model, optim
+from trainers.batching import Order
+from trainers.checkpoint import Progress
+from trainers.errors import UserError
+from trainers.parallel import World
+from trainers.records import CheckpointRecord, RunDir, StepRecord, TrainRecord
+from trainers.spec import JobSpec
+from trainers.store import TokenStore
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FLUSH_S = 1.0
+"""Metrics reach the run directory at most this late."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over the supervised tokens of some examples, over all workers."""
+
+    loss: float
+    """Weighted mean, nats per supervised token."""
+    accuracy: float
+    weight: float
+
+
+def train(
+    spec: JobSpec,
+    model_dir: Path,
+    store: Path,
+    run: RunDir,
+    world: World,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[StepRecord], None] = lambda _: None,
+) -> TrainRecord:
+    """Train until done or asked to stop. `spec` is resolved (no `auto`); all workers pass the same arguments.
+
+    `should_stop` is asked once a step on each worker; if any says yes, all save a checkpoint and return. What the job's owner must
+    mend is returned as a failed record, not raised: launchers retry what is raised.
+    """
+    try:
+        return _train(spec, model_dir, store, run, world, should_stop, on_step)
+    except UserError as error:
+        return TrainRecord(status="failed", error=error.to_dict())
+
+
+def _train(
+    spec: JobSpec,
+    model_dir: Path,
+    store: Path,
+    run: RunDir,
+    world: World,
+    should_stop: Callable[[], bool],
+    on_step: Callable[[StepRecord], None],
+) -> TrainRecord:
+    examples, held_out = TokenStore(store, "train"), TokenStore(store, "validation")
+    order = Order(examples.key, len(examples), spec.optim.epochs, int(spec.optim.batch_size), spec.optim.seed)
+
+    trainee = model.Trainee(lora.apply(model.load(model_dir, DTYPES[spec.scale.precision], world.device), spec.method, spec.optim.seed))  # type: ignore[arg-type]
+    parameters = lora.trainable(trainee.model)
+    optimizer = optim.build(parameters, spec.optim)
+    leader = world.rank == 0
+    progress = checkpoint.restore(run, parameters, optimizer, lambda line: run.event(line, "warn") if leader else None)
+    log = StepLog(run) if leader else None
+    if leader:
+        count = sum(p.numel() for p in parameters.values())
+        start = f"Training resumes after step {progress.step}" if progress.step else "Training starts"
+        run.event(
+            f"{start}: {order.num_steps} steps of {order.batch_size} examples, {count:,} trainable parameters, {world.size} worker(s)."
+        )
+
+    record: StepRecord | None = None
+    stopping = False
+    while progress.step < order.num_steps and not stopping:
+        started = time.perf_counter()
+        rate = optim.learning_rate(spec.optim, progress.step, order.num_steps)
+        chosen = order.step(progress.step)
+        measured, norm, stopping = train_step(trainee, parameters, optimizer, examples, chosen, rate, spec, world, should_stop)
+        tokens = int(examples.lengths[chosen].sum())
+        progress.step += 1
+        progress.trained_tokens += tokens
+        progress.seconds += time.perf_counter() - started
+        record = StepRecord(
+            step=progress.step,
+            num_steps=order.num_steps,
+            epoch=min(progress.step * order.batch_size / order.num_examples, order.epochs),
+            train_loss=measured.loss,
+            train_accuracy=measured.accuracy,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=tokens,
+            supervised_tokens=int(examples.supervised[chosen].sum()),
+            seconds=time.perf_counter() - started,
+        )
+        last = progress.step == order.num_steps
+        if len(held_out) and (last or progress.step % int(spec.validate_.every_steps) == 0):
+            valid = evaluate(trainee, held_out, range(len(held_out)), spec, world)
+            record = record.model_copy(update={"valid_loss": valid.loss, "valid_accuracy": valid.accuracy})
+        if log:
+            log.add(record)
+        if last or stopping or progress.step % int(spec.checkpoint.every_steps) == 0:
+            if log:
+                log.flush()
+                save(run, spec, trainee, parameters, optimizer, progress, record, model_dir.name)
+            world.barrier()  # no worker runs ahead of a checkpoint that may yet fail
+        on_step(record)
+
+    winner = checkpoint.best(run)
+    return TrainRecord(
+        status="stopped" if progress.step < order.num_steps else "finished",
+        step=progress.step,
+        num_steps=order.num_steps,
+        trained_tokens=progress.trained_tokens,
+        best_step=winner.step if winner else None,
+        seconds=progress.seconds,
+    )
+
+
+def train_step(
+    trainee: model.Trainee,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    examples: TokenStore,
+    chosen: np.ndarray,
+    rate: float,
+    spec: JobSpec,
+    world: World,
+    should_stop: Callable[[], bool],
+) -> tuple[Measured, float, bool]:
+    """One optimizer step on `chosen` examples: (loss before the update, gradient norm before clipping, whether to stop)."""
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    sums = _forward(trainee, examples, chosen, spec, world, backward=True)
+
+    # The loss of a step is the weighted sum over all its tokens, wherever they were computed, divided once by the summed weights.
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    totals = torch.tensor([*sums, float(should_stop())], dtype=torch.float64)
+    world.sum_([*gradients, totals])
+    loss, correct, weight, stop = totals.tolist()
+    for gradient in gradients:
+        gradient /= weight
+    norm = optim.clip(gradients, spec.optim.max_grad_norm)
+    if not math.isfinite(norm):
+        raise UserError(
+            f"The gradient is not finite (loss {loss / weight:.4g}, learning rate {rate:.3g}).",
+            "Lower `optim.learning_rate`.",
+            "optim.learning_rate",
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return Measured(loss / weight, correct / weight, weight), norm, stop > 0
+
+
+def evaluate(trainee: model.Trainee, examples: TokenStore, chosen: Sequence[int], spec: JobSpec, world: World) -> Measured:
+    """Loss and accuracy over `chosen` examples, shared between the workers, without gradients."""
+    totals = torch.tensor(_forward(trainee, examples, np.asarray(chosen), spec, world, backward=False), dtype=torch.float64)
+    world.sum_([totals])
+    loss, correct, weight = totals.tolist()
+    return Measured(loss / weight, correct / weight, weight)
+
+
+def _forward(
+    trainee: model.Trainee, examples: TokenStore, chosen: np.ndarray, spec: JobSpec, world: World, *, backward: bool
+) -> tuple[float, float, float]:
+    """This worker's sums (loss, right predictions, weight) over its share of `chosen`; gradients add up where `backward`."""
+    packs = batching.plan(examples.lengths[chosen].tolist(), world.size, int(spec.scale.tokens_per_microbatch))[world.rank]
+    loss = correct = weight = 0.0
+    with nullcontext() if backward else torch.no_grad():
+        for pack in packs:
+            batch = model.collate([examples.get(int(chosen[i])) for i in pack], world.device)
+            batch_loss, batch_correct = trainee(batch)
+            if backward:
+                batch_loss.backward()
+            loss += batch_loss.item()
+            correct += batch_correct.item()
+            weight += batch.weight_N.sum().item()
+    return loss, correct, weight
+
+
+def save(
+    run: RunDir,
+    spec: JobSpec,
+    trainee: model.Trainee,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    record: StepRecord,
+    base: str,
+) -> None:
+    """Write a checkpoint with its adapter, tell, and delete what the spec does not keep."""
+    started = time.perf_counter()
+    manifest = CheckpointRecord(
+        step=progress.step,
+        files={},
+        train_loss=record.train_loss,
+        train_accuracy=record.train_accuracy,
+        valid_loss=record.valid_loss,
+        valid_accuracy=record.valid_accuracy,
+    )
+    checkpoint.save(run, parameters, optimizer, progress, manifest, lambda folder: lora.export(trainee.model, spec.method, base, folder))
+    checkpoint.prune(run, spec.checkpoint.keep_last, spec.checkpoint.keep_best)
+    told = f", validation loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
+    run.event(
+        f"Checkpoint at step {progress.step}: training loss {record.train_loss:.4f}{told}.", stall_s=round(time.perf_counter() - started, 3)
+    )
+
+
+class StepLog:
+    """Step records on their way to the run directory, in segments of about a second."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.pending: list[StepRecord] = []
+        self.flushed = time.perf_counter()
+
+    def add(self, record: StepRecord) -> None:
+        self.pending.append(record)
+        if time.perf_counter() - self.flushed >= FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Close the segment and say how far the run is."""
+        if not self.pending:
+            return
+        last, tokens = self.pending[-1], sum(r.tokens for r in self.pending)
+        seconds = sum(r.seconds for r in self.pending)
+        self.run.append("metrics", self.pending)
+        self.run.progress(
+            "train",
+            done=last.step,
+            total=last.num_steps,
+            train_loss=last.train_loss,
+            valid_loss=last.valid_loss,
+            tokens_per_s=round(tokens / seconds, 1),
+            left_s=round((last.num_steps - last.step) * seconds / len(self.pending)),
+        )
+        self.pending, self.flushed = [], time.perf_counter()
