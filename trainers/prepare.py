@@ -25,7 +25,7 @@ from trainers.chat import MASK_VERSION, Chat
 from trainers.errors import DataError, UserError
 from trainers.proof import prove
 from trainers.records import DataReport, PrepareRecord, RunDir, SourceReport, SplitReport
-from trainers.sources import NORMALISER_VERSION, Chunk, Inspection, inspect, read
+from trainers.sources import NORMALISER_VERSION, Chunk, Conversation, Inspection, inspect, read
 from trainers.spec import JobSpec
 from trainers.store import SCHEMA, STORE_VERSION, Row, StoreWriter, encode_runs, is_store
 
@@ -127,32 +127,31 @@ def store_key(spec: JobSpec, chat: Chat, inspected: list[Inspection]) -> str:
 
 def examine(chat: Chat, rules: Rules, source: int, chunk: Chunk) -> Iterator[Outcome]:
     """What becomes of each example of a chunk, in order; an error is the last outcome."""
-    where = ""
     try:
         for conversation in read(chunk, rules.slice_by):
-            where, messages = conversation["id"], conversation["messages"]
-            example = chat.example(messages, rules.train_on)
-            if len(example.ids) > rules.max_length:
-                if rules.overlength == "drop":
-                    yield Outcome(source, dropped=TOO_LONG)
-                    continue
-                raise DataError(
-                    f"The example has {len(example.ids):,} tokens, more than model.max_length = {rules.max_length:,}.",
-                    "Raise model.max_length, shorten the example, or set model.overlength to drop.",
-                )
-            prove(chat, messages, example, rules.train_on, where)
-            weights = np.array(example.weights, np.float32)
-            row = Row(
-                np.array(example.ids, np.int32),
-                *encode_runs(weights),
-                int(np.count_nonzero(weights)),
-                conversation["id"],
-                conversation["slice"],
-            )
-            yield Outcome(source, row, _digest(messages))
+            yield _examine_one(chat, rules, source, conversation)
+    except UserError as error:  # travels as a value, so that the first one in file order is the one that is raised
+        yield Outcome(source, error=(type(error).__name__, error.message, error.remedy))
+
+
+def _examine_one(chat: Chat, rules: Rules, source: int, conversation: Conversation) -> Outcome:
+    where, messages = conversation["id"], conversation["messages"]
+    try:
+        example = chat.example(messages, rules.train_on)
     except UserError as error:
-        message = error.message if where in error.message else f"{where}: {error.message}"
-        yield Outcome(source, error=(type(error).__name__, message, error.remedy))
+        raise type(error)(f"{where}: {error.message}", error.remedy) from None
+    if len(example.ids) > rules.max_length:
+        if rules.overlength == "drop":
+            return Outcome(source, dropped=TOO_LONG)
+        raise DataError(
+            f"{where}: the example has {len(example.ids):,} tokens, more than model.max_length = {rules.max_length:,}.",
+            "Raise model.max_length, shorten the example, or set model.overlength to drop.",
+        )
+    prove(chat, messages, example, rules.train_on, where)
+    weights = np.array(example.weights, np.float32)
+    supervised = int(np.count_nonzero(weights))
+    row = Row(np.array(example.ids, np.int32), *encode_runs(weights), supervised, where, conversation["slice"])
+    return Outcome(source, row, _digest(messages))
 
 
 def _digest(messages: list[dict[str, Any]]) -> int:
@@ -174,23 +173,21 @@ def _build(
         writer = StoreWriter(folder)
         try:
             tally = _collect(outcomes(), writer, limit, len(spec.data.train), run, total)
-            # Few examples may all fall on one side by chance. Then the one with the lowest digest is held out, or the one
-            # with the highest is trained on, and the pass is made again; equal examples stay together.
-            balanced = min(max(limit, tally.lowest + 1), tally.highest)
-            if fraction and tally.lowest < tally.highest and not tally.lowest < limit <= tally.highest:
-                limit = balanced
-                writer.abandon()
-                continue
-            if fraction and tally.lowest == tally.highest and limit > tally.lowest:
-                limit = 0  # one example, or copies of one: nothing can be held out
-                writer.abandon()
-                continue
-            _check(tally, spec, inspected)
-            writer.commit(_report(tally, chat, inspected).model_dump_json(exclude={"time", "attempt"}))
-            return
-        except BaseException:
+            balanced = _balance(limit, tally) if fraction else limit
+            if balanced == limit:
+                _check(tally, spec, inspected)
+                writer.commit(_report(tally, chat, inspected).model_dump_json(exclude={"time", "attempt"}))
+                return
+            limit = balanced  # rare, and only with few examples: make the pass again
+        finally:
             writer.abandon()
-            raise
+
+
+def _balance(limit: int, tally: Tally) -> int:
+    """The limit that leaves an example on each side, where chance put all on one. Equal examples stay together."""
+    if tally.lowest >= tally.highest:  # copies of one example at most: nothing can be held out
+        return min(limit, tally.lowest)
+    return min(max(limit, tally.lowest + 1), tally.highest)
 
 
 def _collect(outcomes: Iterable[Outcome], writer: StoreWriter, limit: int, num_train: int, run: RunDir, total: int) -> Tally:
@@ -270,8 +267,8 @@ def _tell(run: RunDir, report: DataReport, cached: bool) -> None:
     train, validation = report.train, report.validation
     run.progress("prepare", done=sum(s.read for s in report.sources), total=sum(s.read for s in report.sources))
     run.event(
-        f"{'Found the prepared' if cached else 'Prepared'} data: {train.examples:,} training and {validation.examples:,} validation examples, "
-        f"{train.tokens:,} training tokens, {train.supervised_tokens:,} of them supervised.",
+        f"{'Found the prepared' if cached else 'Prepared'} data: {train.examples:,} training and {validation.examples:,} validation "
+        f"examples, {train.tokens:,} training tokens, {train.supervised_tokens:,} of them supervised.",
         cached=cached,
     )
     for source in report.sources:
