@@ -52,34 +52,55 @@ Plan = list[list[list[int]]]
 
 
 def plan(lengths: Sequence[int], ranks: int, tokens_per_microbatch: int) -> Plan:
-    """Pack examples of these lengths (tokens) into as few micro-batches as fit, as many on each rank.
+    """Pack examples of these lengths (tokens) into as few micro-batches as fit, as many on each rank, of even cost.
 
-    Longest first, each into the fullest micro-batch that still has room (best fit decreasing); an example longer than the
-    budget gets a micro-batch of its own. Then micro-batches go to ranks, costliest first, to the rank with the least work
-    among those with the fewest micro-batches left to take. Deterministic: ties are broken by index.
+    Best fit decreasing says how many micro-batches are needed; rounded up to a multiple of `ranks`, so that no rank waits for
+    another. Into that many, examples go longest first, each into the emptiest; only where that breaks the budget, the tighter first
+    packing stays. An example longer than the budget gets a micro-batch of its own. Deterministic: ties are broken by index.
     """
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted: the first one with enough room is the fullest that fits
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    tight = _best_fit(longest_first, lengths, tokens_per_microbatch)
+    count = max(1, -(-len(tight) // ranks)) * ranks
+    packs = _even(longest_first, lengths, tokens_per_microbatch, count) or tight + [[] for _ in range(count - len(tight))]
+    return _deal(packs, lengths, ranks)
+
+
+def _best_fit(longest_first: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Each example into the fullest pack that still has room for it."""
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted: the first with enough room is the fullest that fits
+    for i in longest_first:
         at = bisect.bisect_left(room, (lengths[i], -1))
         if at == len(room):
-            bins.append([i])
-            bisect.insort(room, (max(tokens_per_microbatch - lengths[i], 0), len(bins) - 1))
+            packs.append([i])
+            bisect.insort(room, (max(budget - lengths[i], 0), len(packs) - 1))
         else:
-            free, b = room.pop(at)
-            bins[b].append(i)
-            bisect.insort(room, (free - lengths[i], b))
-    return _share(bins, lengths, ranks)
+            free, pack = room.pop(at)
+            packs[pack].append(i)
+            bisect.insort(room, (free - lengths[i], pack))
+    return packs
 
 
-def _share(bins: list[list[int]], lengths: Sequence[int], ranks: int) -> Plan:
-    """Deal micro-batches to ranks: equal counts (collectives need it), balanced cost."""
-    per_rank = max(1, -(-len(bins) // ranks))
+def _even(longest_first: list[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """Each example into the emptiest of `count` packs; None where one would overflow."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, pack) for pack in range(count)]
+    for i in longest_first:
+        load, pack = heapq.heappop(loads)
+        if packs[pack] and load + lengths[i] > budget:
+            return None
+        packs[pack].append(i)
+        heapq.heappush(loads, (load + lengths[i], pack))
+    return packs
+
+
+def _deal(packs: list[list[int]], lengths: Sequence[int], ranks: int) -> Plan:
+    """Costliest pack first, each to the rank with the least work that still has a place; as many to each rank."""
     out: Plan = [[] for _ in range(ranks)]
-    heap = [(0, rank) for rank in range(ranks)]  # (tokens given so far, rank)
-    for members in sorted(bins, key=lambda b: (-sum(lengths[i] for i in b), b)):
-        tokens, rank = heapq.heappop(heap)
+    loads = [(0, rank) for rank in range(ranks)]
+    for load, members in sorted(((sum(lengths[i] for i in pack), pack) for pack in packs), key=lambda p: (-p[0], p[1])):
+        given, rank = heapq.heappop(loads)
         out[rank].append(members)
-        if len(out[rank]) < per_rank:
-            heapq.heappush(heap, (tokens + sum(lengths[i] for i in members), rank))
-    return [mine + [[] for _ in range(per_rank - len(mine))] for mine in out]
+        if len(out[rank]) < len(packs) // ranks:
+            heapq.heappush(loads, (given + load, rank))
+    return out

@@ -50,7 +50,9 @@ def prove(chat: Chat, messages: list[Message], example: Example, train_on: str, 
     runs = _supervised_runs(weights)
 
     require(len(ids) == len(weights), f"{len(ids)} tokens have {len(weights)} weights")
-    require(reads(0, len(ids), 0, len(text)), "the tokens do not decode to what the chat template renders")
+    if not reads(0, len(ids), 0, len(text)):
+        _refuse_lost_characters(chat, messages, where)
+        require(False, "the tokens do not decode to what the chat template renders")
     token = char = 0
     for answer, (start, stop) in zip(trained, runs, strict=False):
         turn = f"message {answer.message + 1} (assistant)"
@@ -103,6 +105,17 @@ def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -
     if not exact or at != len(text):
         raise DataError(f"{where}: the chat template changes the text of a message.", _REMEDY)
     return answers
+
+
+def _refuse_lost_characters(chat: Chat, messages: list[Message], where: str) -> None:
+    """Byte-level vocabularies can lack bytes (SmolLM2's has no U+0013, say) and drop them without a word."""
+    for index, message in enumerate(messages):
+        for character in dict.fromkeys(message["content"]):
+            if not chat.tokenizer.decode(chat.tokenizer.encode(character, add_special_tokens=False).ids, skip_special_tokens=False):
+                raise DataError(
+                    f"{where}: message {index + 1} ({message['role']}) contains U+{ord(character):04X}, for which the tokenizer has no token.",
+                    "Remove the character.",
+                )
 
 
 @functools.lru_cache(maxsize=1024)

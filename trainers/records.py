@@ -274,13 +274,14 @@ class RunDir:
             stem = name.removesuffix(".jsonl")
             yield name, [Event.model_validate({**json.loads(line), "id": f"{stem}-{i}"}) for i, line in enumerate(lines)]
 
+    def step_segments(self, after: set[str] = frozenset()) -> Iterator[tuple[str, list[StepRecord]]]:  # type: ignore[assignment]
+        """Closed segments of step records not named in `after`: (segment file name, its records), oldest writer first."""
+        for name, lines in self._segments("metrics", after):
+            yield name, [StepRecord.model_validate_json(line) for line in lines]
+
     def steps(self) -> list[StepRecord]:
         """Every step's record in order; where a resumed attempt made a step again, the later one counts."""
-        by_step: dict[int, StepRecord] = {}
-        for _, lines in self._segments("metrics", set()):
-            for line in lines:
-                record = StepRecord.model_validate_json(line)
-                by_step[record.step] = record
+        by_step = {record.step: record for _, records in self.step_segments() for record in records}
         return [by_step[s] for s in sorted(by_step)]
 
     def _segments(self, kind: str, after: set[str]) -> Iterator[tuple[str, list[str]]]:

@@ -1,0 +1,71 @@
+"""Small whole runs for the numerics tests: a random token store, a spec, and a training run over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainers import resolve
+from trainers.parallel import World
+from trainers.records import RunDir, TrainRecord
+from trainers.spec import JobSpec
+from trainers.store import Row, StoreWriter, TokenStore, encode_runs
+from trainers.train import train
+
+
+def random_examples(rng: np.random.Generator, count: int, vocab: int = 300, longest: int = 40) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids int32[T], weights float32[T]) pairs with at least one supervised token and none on the first."""
+    out = []
+    for _ in range(count):
+        length = int(rng.integers(2, longest + 1))
+        weights = (rng.random(length) < 0.4).astype(np.float32)
+        weights[0], weights[-1] = 0, 1
+        out.append((rng.integers(4, vocab, length).astype(np.int32), weights))
+    return out
+
+
+def make_store(folder: Path, train_examples: int = 24, validation_examples: int = 4, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    writer = StoreWriter(folder)
+    for split, count in (("train", train_examples), ("validation", validation_examples)):
+        for i, (ids, weights) in enumerate(random_examples(rng, count)):
+            writer.append(split, Row(ids, *encode_runs(weights), supervised=int((weights > 0).sum()), id=f"{split}:{i + 1}", slice=None))
+    writer.commit("{}")
+    return folder
+
+
+def make_spec(**sections: dict[str, Any]) -> JobSpec:
+    """A resolved fp32 spec; sections override single keys."""
+    value: dict[str, Any] = {
+        "data": {"train": [{"path": "unused.jsonl"}]},
+        "method": {"r": 4, "alpha": 8},
+        "optim": {"epochs": 2, "batch_size": 5, "learning_rate": 0.01},
+        "validate": {"every_steps": 4},
+        "checkpoint": {"every_steps": 4},
+        "scale": {"tokens_per_microbatch": 64, "precision": "fp32"},
+    }
+    for name, section in sections.items():
+        value[name] = {**value.get(name, {}), **section}
+    return JobSpec.parse(value)
+
+
+def run_training(
+    model_dir: Path, store: Path, folder: Path, spec: JobSpec, attempt: int = 1, should_stop: Callable[[], bool] = lambda: False
+) -> TrainRecord:
+    world = World.current()
+    spec = resolve.schedule(spec, len(TokenStore(store, "train")), resolve.placement(spec, 1))
+    return train(spec, model_dir, store, RunDir(folder, attempt, "train"), world, should_stop=should_stop)
+
+
+if __name__ == "__main__":  # one worker of a torchrun launch, or a process that a test kills
+    import sys
+
+    import torch
+
+    model_dir, store, folder, spec_json, attempt = sys.argv[1:]
+    torch.set_num_threads(1)
+    record = run_training(Path(model_dir), Path(store), Path(folder), JobSpec.model_validate_json(spec_json), int(attempt))
+    print(record.status)

@@ -1,0 +1,157 @@
+"""Whole runs: the same result whatever the number of workers, and whatever interrupts them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.numerics import runs
+from trainers import checkpoint, merge
+from trainers.records import RunDir
+from trainers.spec import JobSpec
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_store(tmp_path_factory.mktemp("stores") / "numerics")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    torch.set_num_threads(1)
+    assert runs.run_training(tiny, store, folder, runs.make_spec()).status == "finished"
+    return folder
+
+
+def final_state(folder: Path) -> Path:
+    return checkpoint.folders(RunDir(folder))[-1] / "state.safetensors"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_two_runs_are_bit_identical(tiny: Path, store: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    runs.run_training(tiny, store, tmp_path, runs.make_spec())
+    assert digest(final_state(tmp_path)) == digest(final_state(uninterrupted))
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_stopped_and_resumed_is_bit_identical(tiny: Path, store: Path, uninterrupted: Path, tmp_path: Path, stop_after: int) -> None:
+    asked = itertools.count(1)
+    first = runs.run_training(tiny, store, tmp_path, runs.make_spec(), should_stop=lambda: next(asked) == stop_after)
+    assert (first.status, first.step) == ("stopped", stop_after)
+    assert runs.run_training(tiny, store, tmp_path, runs.make_spec(), attempt=2).status == "finished"
+    assert digest(final_state(tmp_path)) == digest(final_state(uninterrupted))
+    losses = [s.train_loss for s in RunDir(tmp_path).steps()]
+    assert losses == [s.train_loss for s in RunDir(uninterrupted).steps()]
+
+
+def worker(tiny: Path, store: Path, folder: Path, spec: JobSpec, attempt: int, **env: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.numerics.runs", str(tiny), str(store), str(folder), spec.model_dump_json(by_alias=True), str(attempt)]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, cwd=root, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_and_resumed_is_bit_identical(tiny: Path, store: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    process = worker(tiny, store, tmp_path, runs.make_spec(), 1)
+    deadline = time.monotonic() + 60
+    while not checkpoint.folders(RunDir(tmp_path)) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = worker(tiny, store, tmp_path, runs.make_spec(), 2)
+    output = again.communicate(timeout=120)[0]
+    assert "finished" in output, output
+    assert digest(final_state(tmp_path)) == digest(final_state(uninterrupted))
+
+
+def test_two_workers_equal_one(tiny: Path, store: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    peers = [
+        worker(
+            tiny, store, tmp_path, runs.make_spec(), 1, RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port)
+        )
+        for free_port in [_free_port()]
+        for rank in range(2)
+    ]
+    for peer in peers:
+        output = peer.communicate(timeout=120)[0]
+        assert "finished" in output, output
+    one, two = RunDir(uninterrupted).steps(), RunDir(tmp_path).steps()
+    assert [s.supervised_tokens for s in two] == [s.supervised_tokens for s in one]  # the same examples in every step
+    assert [s.train_loss for s in two] == pytest.approx([s.train_loss for s in one], rel=1e-5)
+    assert [s.grad_norm for s in two] == pytest.approx([s.grad_norm for s in one], rel=1e-4)
+    want, got = (load_file(final_state(folder)) for folder in (uninterrupted, tmp_path))
+    for name in want:
+        if name.startswith("model."):
+            assert torch.allclose(got[name], want[name], rtol=1e-3, atol=1e-5), name
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no manifest", "missing file"])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tiny: Path, store: Path, uninterrupted: Path, tmp_path: Path, damage: str
+) -> None:
+    asked = itertools.count(1)
+    runs.run_training(tiny, store, tmp_path, runs.make_spec(), should_stop=lambda: next(asked) == 7)
+    newest = checkpoint.folders(RunDir(tmp_path))[-1]
+    state = newest / "state.safetensors"
+    if damage == "truncate":
+        state.write_bytes(state.read_bytes()[:-100])
+    elif damage == "flip":
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    elif damage == "no manifest":
+        (newest / "MANIFEST.json").unlink()
+    else:
+        (newest / "progress.json").unlink()
+    assert runs.run_training(tiny, store, tmp_path, runs.make_spec(), attempt=2).status == "finished"
+    assert digest(final_state(tmp_path)) == digest(final_state(uninterrupted))
+    messages = [e.message for _, events in RunDir(tmp_path).events() for e in events]
+    assert any("resumes after step 4" in m for m in messages), messages
+    assert damage == "no manifest" or any("is damaged" in m for m in messages)
+
+
+def test_checkpoints_are_pruned_but_best_and_adapters_stay(tiny: Path, store: Path, tmp_path: Path) -> None:
+    spec = runs.make_spec(checkpoint={"every_steps": 1, "keep_last": 2}, validate={"every_steps": 1})
+    record = runs.run_training(tiny, store, tmp_path, spec)
+    kept = {checkpoint.read_manifest(f, verify=True).step for f in checkpoint.folders(RunDir(tmp_path))}
+    by_loss = min(RunDir(tmp_path).steps(), key=lambda s: (s.valid_loss, -s.step))
+    assert record.best_step == by_loss.step
+    assert kept == {record.num_steps, record.num_steps - 1, by_loss.step}
+    assert len(list((tmp_path / "adapters").iterdir())) == record.num_steps
+
+
+def test_merged_equals_base_plus_adapter(tiny: Path, uninterrupted: Path) -> None:
+    run = RunDir(uninterrupted, 1, "driver")
+    record = merge.merge(run, "tiny", tiny, step=10, prompts=[[5, 6, 7, 8], [9, 10]])
+    assert record.merged is not None
+    assert record.max_logit_difference is not None
+    assert record.max_logit_difference < 1e-4  # fp32 base: nothing but summation order is left
+    assert merge.merge(run, "tiny", tiny, step=10, prompts=[]) == record  # done is done
+
+
+def test_a_wrong_merge_is_refused(tiny: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    from trainers.errors import ModelError
+
+    with pytest.raises(ModelError, match="does not agree"):  # the base itself is no merged model
+        merge.compare(tiny, RunDir(uninterrupted).path("adapters", "step-000010"), tiny, [[5, 6, 7, 8]])
