@@ -140,7 +140,7 @@ def start(home: Path, num_cpus: int | None = None, path: str = "") -> LocalHead:
     command += [f"--temp-dir={head.temp_dir}", f"--num-cpus={num_cpus or os.cpu_count()}", "--disable-usage-stats"]
     command += [f"--object-store-memory={_object_store_bytes()}"]
     log = Path(head.temp_dir) / "start.log"
-    with open(log, "wb") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=_environment(head, path), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )

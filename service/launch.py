@@ -3,12 +3,29 @@
     python -m service.launch RUN_DIR --attempt N
 
 The runner writes `spec.json` (a JobSpec with paths that the cluster can read) and `launch.json` (this order) into the run
-directory, takes the lease for attempt N, and submits this command as one Ray job.
+directory, takes the lease for attempt N, and submits this command as one Ray job. Each stage writes its record last and is skipped
+where its record is there, so the answer to every crash is to run the job again.
 """
 
 from __future__ import annotations
 
-from trainers.records import Record
+import argparse
+import asyncio
+import logging
+
+import sys
+import time
+from pathlib import Path
+
+from serve.deploy import deploy
+from trainers import resolve
+from trainers.catalogue import Base, find_any
+from trainers.chat import Chat
+from trainers.errors import Fenced, TuneyardError
+from trainers.fetch import ensure
+from trainers.records import DeployRecord, EvaluationRecord, ModelRecord, OutcomeRecord, PrepareRecord, Record, RunDir, TrainRecord, write_atomic
+from trainers.spec import JobSpec, Placement
+from trainers.store import TokenStore
 
 
 class LaunchOrder(Record):
@@ -25,3 +42,124 @@ class LaunchOrder(Record):
     """Where the serving app of the base answers, for example http://127.0.0.1:8000/smollm2-135m-instruct."""
     serve_token_file: str | None = None
     """File with the bearer token that the serving app asks for."""
+
+
+def launch(run: RunDir) -> OutcomeRecord:
+    """Run the stages that are not done yet; returns the outcome, which is also written as `outcome.json`."""
+    spec, order = JobSpec.parse_file(run.path("spec.json")), run.read("launch.json", LaunchOrder)
+    if order is None:
+        raise FileNotFoundError(run.path("launch.json"))
+    try:
+        outcome = _stages(spec, order, run)
+    except TuneyardError as error:
+        if error.retry or isinstance(error, Fenced):
+            raise
+        outcome = OutcomeRecord(status="failed", error=error.to_dict())
+    run.write("outcome.json", outcome)
+    return outcome
+
+
+def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir) -> OutcomeRecord:
+    base = find_any(spec.model.base)
+    spec = resolve.defaults(spec, base)
+    model_dir = ensure(base, Path(order.models), say=run.event)
+    place = resolve.placement(spec, _free_cpus())
+
+    prepared = prepare_stage(spec, model_dir, Path(order.stores), run)
+    spec = resolve.schedule(spec, len(TokenStore(Path(prepared.store), "train")), place)
+    write_atomic(run.path("resolved.json"), spec.to_json())
+
+    trained = train_stage(spec, model_dir, prepared, run, place)
+    if trained.status == "failed":
+        return OutcomeRecord(status="failed", error=trained.error)
+
+    model = merge_stage(spec, base, model_dir, trained, run)
+    if spec.deploy.serve and order.serve_url is not None:
+        deploy_stage(spec, order, model_dir, model, run)
+        evaluate_stage(spec, order, model, run)
+    return OutcomeRecord(status="succeeded")
+
+
+def prepare_stage(spec: JobSpec, model_dir: Path, stores: Path, run: RunDir) -> PrepareRecord:
+    from trainers.prepare import prepare
+
+    return prepare(spec, model_dir, stores, run, executor="ray")
+
+
+def train_stage(spec: JobSpec, model_dir: Path, prepared: PrepareRecord, run: RunDir, place: Placement) -> TrainRecord:
+    from trainers.distributed import train_on_ray
+
+    done = run.read("train.json", TrainRecord)
+    if done is not None and done.status == "finished":
+        return done
+    run.progress("train", done=0)
+    return train_on_ray(spec, model_dir, Path(prepared.store), run, place)
+
+
+def merge_stage(spec: JobSpec, base: Base, model_dir: Path, trained: TrainRecord, run: RunDir) -> ModelRecord:
+    from trainers import merge  # after training: torch is heavy, and this process only waits until here
+
+    run.progress("merge")
+    step = trained.best_step or trained.step
+    record = merge.merge(run, base.id, model_dir, step, merge.probes(Chat.load(model_dir)), write=spec.export.merge)
+    told = f", largest logit difference {record.max_logit_difference:.2g}" if record.max_logit_difference is not None else ""
+    run.event(f"Model of step {step} is ready{told}.")
+    return record
+
+
+def deploy_stage(spec: JobSpec, order: LaunchOrder, model_dir: Path, model: ModelRecord, run: RunDir) -> None:
+    if run.read("deploy.json", DeployRecord) is not None:
+        return
+    assert order.serve_url is not None and order.serve_token_file is not None
+    token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
+    record = deploy(run, model, order.model_name, order.serve_url, token, Chat.load(model_dir))
+    run.event(f"{order.model_name} answers (first answer after {record.first_answer_s:.1f} s).")
+
+
+def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: RunDir) -> None:
+    """Compare base and tuned. A failure here is an event: the training was paid for, and the model answers."""
+    from serve.evaluate import evaluate
+
+    if not spec.evaluate.tasks or run.read("evaluation.json", EvaluationRecord) is not None:
+        return
+    assert order.serve_url is not None and order.serve_token_file is not None
+    token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
+    try:
+        record = asyncio.run(evaluate(run, spec.evaluate.tasks, order.serve_url, token, run.path(model.adapter)))
+    except TuneyardError as error:
+        run.event(f"Evaluation failed: {error}", "error")
+        return
+    for task in record.tasks:
+        run.event(f"{task.name}: {task.metric} base {task.base[task.metric]:.1%}, tuned {task.tuned[task.metric]:.1%} ({task.examples} examples).")
+
+
+def _free_cpus() -> int:
+    import ray
+
+    return max(1, int(ray.available_resources().get("CPU", 1)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m service.launch", description="Run one attempt of a job (called by the runner).")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--attempt", type=int, required=True)
+    args = parser.parse_args()
+    run = RunDir(args.run, args.attempt, writer="driver")
+    started = time.perf_counter()
+    import ray
+
+    ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    try:
+        outcome = launch(run)
+    except Fenced as fenced:
+        print(fenced, flush=True)
+        return 0
+    except Exception as error:  # the runner decides whether to try again; the owner is told why in one line
+        run.event(f"Attempt {args.attempt} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", "error")
+        raise
+    print(f"{outcome.status} after {time.perf_counter() - started:.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Where the service lives and what it may do: one frozen object, read from the environment once."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from trainers.errors import UserError
+from trainers.fetch import default_models
+
+
+class Settings(BaseModel):
+    """Every field can be set as TUNEYARD_<NAME>, for example TUNEYARD_PORT=9000."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    home: Path
+    """All that the service owns: database, keys, files, runs, token stores."""
+    models: Path
+    """Base models, shared by all homes of a user: they are the same everywhere."""
+    host: str = "127.0.0.1"
+    """Address the API listens on."""
+    port: int = 8790
+    """Port the API listens on."""
+    database: str = ""
+    """SQLAlchemy URL; a SQLite file in the home when empty."""
+    ray_address: str | None = None
+    """Dashboard of a cluster that exists; None starts a local one."""
+    ray_token: str | None = None
+    """Bearer token of that cluster."""
+    serve_port: int = 8000
+    """Port of Ray Serve's proxy on the cluster (a local cluster gets a free one)."""
+    driver: str = "-m service.launch"
+    """What Python runs for one attempt of a job; gets RUN_DIR --attempt N."""
+    poll_s: float = 1.0
+    """Seconds between two looks of the runner at the world."""
+    backoff_s: float = 2.0
+    """Pause before the first new attempt after a lost worker; four times longer each time after."""
+    chat_wait_s: float = 60.0
+    """How long a chat request waits for a model that is being loaded."""
+    max_file_bytes: int = 512 * 2**20
+    """Largest upload."""
+    max_body_bytes: int = 16 * 2**20
+    """Largest request that is not an upload."""
+
+    @classmethod
+    def load(cls, **given: Any) -> Settings:
+        """Settings from the arguments that are not None, then the environment, then the defaults."""
+        values: dict[str, Any] = {"home": Path.home() / ".tuneyard", "models": default_models()}
+        for name in cls.model_fields:
+            if value := os.environ.get(f"TUNEYARD_{name.upper()}"):
+                values[name] = value
+        values.setdefault("ray_token", os.environ.get("RAY_AUTH_TOKEN"))
+        values |= {name: value for name, value in given.items() if value is not None}
+        values |= {name: Path(values[name]).expanduser().resolve() for name in ("home", "models")}
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise UserError(f"A TUNEYARD_* setting is wrong: {' '.join(str(error).split())}", "Change or unset it.") from None
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.home / 'tuneyard.db'}"
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.host}:{self.port}/v1"
+
+    @property
+    def key_file(self) -> Path:
+        return self.home / "key"
+
+    @property
+    def files(self) -> Path:
+        return self.home / "files"
+
+    @property
+    def runs(self) -> Path:
+        return self.home / "runs"
+
+    def stores(self, project_id: str) -> Path:
+        """Token stores are never shared between projects: a hit would tell one that another has the same data."""
+        return self.home / "stores" / project_id
+
+    @property
+    def serve_token_file(self) -> Path:
+        """File with the token between the gateway and the serving apps."""
+        return self.home / "serve.token"
+
+
+def make_home(settings: Settings) -> None:
+    """Create the home's folders and the serving token; readable by their owner only."""
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (settings.files, settings.runs):
+        folder.mkdir(exist_ok=True)
+    if not settings.serve_token_file.exists():
+        write_secret(settings.serve_token_file, secrets.token_hex(32))
+
+
+def write_secret(file: Path, text: str) -> None:
+    """Write a file that only its owner can read, from its first moment on."""
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as output:
+        output.write(text)
