@@ -187,6 +187,8 @@ class TaskResult(BaseModel):
     base: dict[str, float]
     """Metric name -> mean, for example {"exact_match": 0.12, "valid_json": 0.4}."""
     tuned: dict[str, float]
+    failed_requests: dict[str, int] = {}
+    """Model (`base`, `tuned`) -> requests that got no answer after all tries; they count as wrong."""
     slices: dict[str, dict[str, Any]] = {}
     """Slice -> {"examples", "base", "tuned"}."""
     samples: list[dict[str, str]] = []
