@@ -401,7 +401,7 @@ class Store:
         except IntegrityError:
             return False
 
-    def _page(self, kind: type[R], query: Select[tuple[R]], after: str | None, limit: int, newest_first: bool) -> tuple[list[R], bool]:
+    def _page(self, kind: type[R], query: Select[R], after: str | None, limit: int, newest_first: bool) -> tuple[list[R], bool]:
         with self._session() as session:
             if after is not None:
                 cursor = session.scalar(select(kind.seq).where(kind.id == after))
@@ -414,7 +414,7 @@ class Store:
             return rows[:limit], len(rows) > limit
 
 
-def _live_files() -> Select[tuple[File]]:
+def _live_files() -> Select[File]:
     return select(File).where((File.expires_at.is_(None)) | (File.expires_at > time.time()))
 
 

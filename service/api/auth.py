@@ -1,0 +1,40 @@
+"""Who asks: a bearer key names a project, and everything after speaks in that project's name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.api.errors import Unauthorized
+from service.link import Link
+from service.settings import Settings
+from service.store import Project, Store
+
+
+def _settings(request: Request) -> Settings:
+    return request.app.state.settings
+
+
+def _store(request: Request) -> Store:
+    return request.app.state.store
+
+
+def _link(request: Request) -> Link:
+    return request.app.state.link
+
+
+def _caller(request: Request, store: Annotated[Store, Depends(_store)]) -> Project:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise Unauthorized("There is no API key.", "Send `Authorization: Bearer KEY`; `tuneyard up` prints the first key.")
+    project = store.project_of(key.strip())
+    if project is None:
+        raise Unauthorized("The API key is not known here.", "Use the key that `tuneyard up` or `tuneyard keys create` printed.")
+    return project
+
+
+Config = Annotated[Settings, Depends(_settings)]
+Db = Annotated[Store, Depends(_store)]
+Cluster = Annotated[Link, Depends(_link)]
+Caller = Annotated[Project, Depends(_caller)]

@@ -1,0 +1,95 @@
+"""/v1/chat/completions: authenticate, map the name, stream from the base model's app on Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import httpx
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+
+from service.api.auth import Caller, Cluster, Config, Db
+from service.api.models import target
+from trainers.errors import Unavailable, UserError
+
+router = APIRouter(prefix="/v1/chat")
+
+PROBE_S = 0.25
+FORWARDED = ("content-type", "retry-after")
+
+
+@router.post("/completions")
+async def completions(request: Request, settings: Config, store: Db, link: Cluster, caller: Caller) -> Response:
+    content = await request.body()
+    name = _model_of(content)
+    found = await run_in_threadpool(partial(target, store, settings, caller, name))
+    await run_in_threadpool(store.ask_for, found.base)
+    headers = {
+        "authorization": f"Bearer {settings.serve_token_file.read_text(encoding='utf-8')}",
+        "content-type": "application/json",
+        "x-tuneyard-model": name,
+        "x-tuneyard-adapter": str(found.adapter or ""),
+    }
+    http: httpx.AsyncClient = request.app.state.http
+    deadline = time.monotonic() + settings.chat_wait_s
+    while True:
+        url = f"{link.serve_url(found.base)}/v1/chat/completions"
+        upstream = await _send(request, http, http.build_request("POST", url, content=content, headers=headers))
+        if upstream is not None:
+            kept = {k: v for k, v in upstream.headers.items() if k in FORWARDED}
+            return StreamingResponse(_relay(upstream), upstream.status_code, kept)
+        if await request.is_disconnected():
+            return Response(status_code=499)  # nobody reads it
+        status, message = await run_in_threadpool(store.app_status, found.base)
+        if status == "DEPLOY_FAILED":
+            raise Unavailable(f"`{found.base}` cannot be loaded: {message}", "See the serving log of the cluster.", "model")
+        if time.monotonic() > deadline:
+            raise Unavailable(f"`{found.base}` is still being loaded.", "Ask again in a few seconds.", "model")
+        await asyncio.sleep(PROBE_S)
+
+
+def _model_of(content: bytes) -> str:
+    try:
+        body: Any = json.loads(content)
+    except ValueError:
+        raise UserError("The body is not JSON.", "Send a JSON object.") from None
+    name = body.get("model") if isinstance(body, dict) else None
+    if not isinstance(name, str) or not name:
+        raise UserError("`model` is missing.", "Name a model from GET /v1/models.", "model")
+    return name
+
+
+async def _send(request: Request, http: httpx.AsyncClient, outgoing: httpx.Request) -> httpx.Response | None:
+    """The app's response, its body still to be read; None while the app is not there yet, or when the caller has left."""
+    sending = asyncio.create_task(http.send(outgoing, stream=True))
+    try:
+        # A full answer takes a while to begin; who no longer waits for it must not keep the model busy.
+        while not sending.done():
+            await asyncio.wait({sending}, timeout=0.5)
+            if not sending.done() and await request.is_disconnected():
+                return None
+        upstream = sending.result()
+    except httpx.TransportError:
+        return None
+    finally:
+        sending.cancel()
+    # Serve's own proxy answers in plain text for a route it does not know yet; our app always answers JSON or a stream.
+    if upstream.status_code in (404, 500, 502, 503) and "json" not in upstream.headers.get("content-type", ""):
+        await upstream.aclose()
+        return None
+    return upstream
+
+
+async def _relay(upstream: httpx.Response) -> AsyncIterator[bytes]:
+    """Pass the body on as it comes; when the caller leaves, the connection to the app is closed, which ends the work there."""
+    try:
+        async for part in upstream.aiter_raw():
+            yield part
+    finally:
+        await upstream.aclose()

@@ -1,0 +1,90 @@
+"""/v1/models: bases, their aliases and the project's tuned models; and what a model's name stands for."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+
+from service.api.auth import Caller, Config, Db
+from service.api.jobs import adapter_folder, callable_checkpoints
+from service.settings import Settings
+from service.store import Job, Project, Store
+from trainers.catalogue import catalogue, find
+from trainers.errors import UnknownModel, UserError
+from trainers.records import ModelRecord, RunDir
+
+router = APIRouter(prefix="/v1/models")
+
+CHECKPOINT = re.compile(r"(ft:.+):ckpt-step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What answers for a name: a base model's app, with an adapter or without."""
+
+    base: str
+    adapter: Path | None = None
+
+
+def target(store: Store, settings: Settings, project: Project, name: str) -> Target:
+    """Find what a name stands for; raises UnknownModel for names of other projects too."""
+    if not name.startswith("ft:"):
+        return Target(find(name).id)
+    step = CHECKPOINT.fullmatch(name)
+    job = store.job_by_model(project.id, step[1] if step else name)
+    if job is not None:
+        if step and any(row.step == int(step[2]) for row in callable_checkpoints(store, settings, job)):
+            return Target(job.base, adapter_folder(settings, job, int(step[2])))
+        record = RunDir(settings.runs / job.id).read("model.json", ModelRecord)
+        if record is not None and not step:
+            return Target(job.base, settings.runs / job.id / record.adapter)
+    raise UnknownModel(f"There is no model `{name}`.", "List what there is with GET /v1/models.", "model")
+
+
+def _base_to_wire(id: str, base: str, created: float) -> dict[str, Any]:
+    alias = {"alias_of": base} if id != base else {}
+    return {"id": id, "object": "model", "created": int(created), "owned_by": "tuneyard", **alias}
+
+
+def _tuned_to_wire(job: Job, name: str) -> dict[str, Any]:
+    created = job.finished_at or job.created_at
+    return {"id": name, "object": "model", "created": int(created), "owned_by": job.project_id, "base": job.base, "job_id": job.id}
+
+
+@router.get("")
+def list_models(store: Db, caller: Caller) -> dict[str, Any]:
+    bases = [_base_to_wire(id, base.id, caller.created_at) for base in catalogue().values() for id in (base.id, *base.aliases)]
+    tuned = [_tuned_to_wire(job, job.model_name) for job in store.tuned(caller.id)]
+    return {"object": "list", "data": bases + tuned}
+
+
+# `:path`, because clients send a "/" in a name as %2F, which arrives decoded.
+@router.get("/{model:path}")
+def retrieve(settings: Config, store: Db, caller: Caller, model: str) -> dict[str, Any]:
+    found = target(store, settings, caller, model)
+    if found.adapter is None:
+        return _base_to_wire(model, found.base, caller.created_at)
+    step = CHECKPOINT.fullmatch(model)
+    job = store.job_by_model(caller.id, step[1] if step else model)
+    assert job is not None  # `target` found it
+    return _tuned_to_wire(job, model)
+
+
+@router.delete("/{model:path}")
+def delete(settings: Config, store: Db, caller: Caller, model: str) -> dict[str, Any]:
+    """Forget a tuned model and remove its weights; the job and its records stay."""
+    if not model.startswith("ft:"):
+        target(store, settings, caller, model)
+        raise UserError(f"`{model}` is a base model.", "Only tuned models can be deleted.", "model")
+    job = store.job_by_model(caller.id, model)
+    if job is None or job.status != "succeeded":
+        raise UnknownModel(f"There is no tuned model `{model}`.", "List what there is with GET /v1/models.", "model")
+    store.change(job.id, model_deleted=True)
+    for folder in ("adapters", "checkpoints", "model"):
+        shutil.rmtree(settings.runs / job.id / folder, ignore_errors=True)
+    return {"id": model, "object": "model", "deleted": True}
