@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +68,17 @@ def evaluate(
     for result in results:
         for model, count in result.failed_requests.items():
             if count:
-                run.event(f"{count} of {result.examples} requests to the {model} model failed in {result.name}; they count as wrong.", "warn")
+                run.event(
+                    f"{count} of {result.examples} requests to the {model} model failed in {result.name}; they count as wrong.", "warn"
+                )
     record = EvaluationRecord(tasks=results, seconds=time.monotonic() - start)
     run.write("evaluation.json", record)
     return record
 
 
-def _evaluate_task(task: EvalTask, cases: list[Case], endpoint: Endpoint, base: Model, tuned: Model, tick: Callable[[], None]) -> TaskResult:
+def _evaluate_task(
+    task: EvalTask, cases: list[Case], endpoint: Endpoint, base: Model, tuned: Model, tick: Callable[[], None]
+) -> TaskResult:
     answers = asyncio.run(_ask_all(endpoint, [base, tuned], cases, task.max_tokens, tick))
     return compare(task, cases, answers[0], answers[1])
 
@@ -157,13 +162,13 @@ async def _ask(client: httpx.AsyncClient, endpoint: Endpoint, model: Model, case
             await asyncio.sleep(endpoint.backoff_s * 2 ** (attempt - 1))
         try:
             response = await client.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=headers)
-            if response.status_code == 200:
-                return response.json()["choices"][0]["message"]["content"] or ""
-            cause = f"HTTP {response.status_code}: {response.text[:200]}"
-            if response.status_code < 500 and response.status_code not in (408, 409, 429):
-                break
         except httpx.HTTPError as error:
             cause = f"{type(error).__name__}: {error}"
-        except (ValueError, KeyError, IndexError, TypeError):
-            cause = f"an answer that is no chat completion: {response.text[:200]}"
+            continue
+        cause = f"HTTP {response.status_code}: {response.text[:200]}"
+        if response.status_code == 200:
+            with suppress(ValueError, KeyError, IndexError, TypeError):  # a proxy's page, say, is no chat completion
+                return response.json()["choices"][0]["message"]["content"] or ""
+        elif response.status_code < 500 and response.status_code not in (408, 409, 429):
+            break
     return Unavailable(cause)
