@@ -206,8 +206,10 @@ class Chat:
                 )
 
     def _find_end_of_turn(self) -> str:
-        text = self.render(_PROBE)
-        end = self.control_pattern.search(text, text.rindex(_PROBE[-1]["content"]) if _PROBE[-1]["content"] in text else len(text))
+        _, answer, after = self.render(_PROBE).rpartition(_PROBE[-1]["content"])
+        if not answer:
+            raise TemplateError("The chat template changes the text of an assistant message.", _OTHER_MODEL)
+        end = self.control_pattern.search(after)
         if end is None:
             raise TemplateError(
                 "The chat template ends no assistant turn with a special token, so the model would never stop.", _OTHER_MODEL

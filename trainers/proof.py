@@ -89,12 +89,12 @@ def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -
     between = _template_text(chat, tuple(m["role"] for m in messages))
     answers = []
     at = len(between[0])
-    exact = text.startswith(between[0])
     for index, message in enumerate(messages):
         content, after = message["content"], between[index + 1]
         if not text.startswith(content + after, at):
             content = content.strip()
-        exact = exact and text.startswith(content + after, at)
+        if not text.startswith(content + after, at) or not text.startswith(between[0]):
+            raise DataError(f"{where}: the chat template changes the text of message {index + 1} ({message['role']}).", _REMEDY)
         start, at = at, at + len(content)
         if message["role"] == "assistant":
             end = chat.control_pattern.search(after)
@@ -102,18 +102,18 @@ def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -
                 raise DataError(f"{where}: the chat template does not end message {index + 1} (assistant).", _REMEDY)
             answers.append(Answer(index, start, at + end.end()))
         at += len(after)
-    if not exact or at != len(text):
-        raise DataError(f"{where}: the chat template changes the text of a message.", _REMEDY)
+    if at != len(text):
+        raise DataError(f"{where}: the chat template adds text of its own after the last message.", _REMEDY)
     return answers
 
 
 def _refuse_lost_characters(chat: Chat, messages: list[Message], where: str) -> None:
-    """Byte-level vocabularies can lack bytes (SmolLM2's has no U+0013, say) and drop them without a word."""
+    """Byte-level vocabularies can lack bytes (SmolLM2's cannot write U+0013, say) and drop them without a word."""
     for index, message in enumerate(messages):
         for character in dict.fromkeys(message["content"]):
-            if not chat.tokenizer.decode(chat.tokenizer.encode(character, add_special_tokens=False).ids, skip_special_tokens=False):
+            if chat.decode(chat.tokenizer.encode(character, add_special_tokens=False).ids) != character:
                 raise DataError(
-                    f"{where}: message {index + 1} ({message['role']}) contains U+{ord(character):04X}, for which the tokenizer has no token.",
+                    f"{where}: message {index + 1} ({message['role']}) contains U+{ord(character):04X}, which the tokenizer cannot write.",
                     "Remove the character.",
                 )
 

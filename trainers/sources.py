@@ -120,12 +120,6 @@ def inspect(source: Source, chunk_bytes: int = 4 * 2**20) -> Inspection:
             if line_start - start >= chunk_bytes and not array:
                 chunks.append(chunk(start, line_start, line))
                 start, line = line_start, lines
-    if array and size > MAX_ARRAY_BYTES:
-        _fail(
-            name,
-            f"is one JSON array of {size:,} bytes; at most {MAX_ARRAY_BYTES:,} are read",
-            "Write one JSON object per line instead (JSONL).",
-        )
     if size > start:
         chunks.append(chunk(start, size, line))
     return Inspection(name, format, size, sha256.hexdigest(), lines, chunks)
@@ -165,7 +159,7 @@ def _first_row(source: Source) -> tuple[dict[str, Any], int, bool]:
             if not text.strip():
                 continue
             if text.lstrip().startswith(b"["):
-                whole = Chunk(source.path, source.shown, "", 0, 0, MAX_ARRAY_BYTES, 1, True)
+                whole = Chunk(source.path, source.shown, "", 0, 0, MAX_ARRAY_BYTES + 1, 1, True)
                 first = next(_array_rows(whole), None)
                 if first is None:
                     break
@@ -201,6 +195,8 @@ def _array_rows(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a JSON array with the line that each begins on, decoded one at a time."""
     with _open(chunk) as file:
         data = file.read(chunk.stop)
+    if len(data) > MAX_ARRAY_BYTES:
+        _fail(chunk.name, f"is one JSON array of more than {MAX_ARRAY_BYTES:,} bytes", "Write one JSON object per line instead (JSONL).")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

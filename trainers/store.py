@@ -108,7 +108,9 @@ class StoreWriter:
                 if is_store(self.folder):  # another job was first with the same bytes
                     self.abandon()
                     break
-                self.folder.rename(self._temporary.with_suffix(".broken.tmp"))  # half a store is in the way
+                broken = self._temporary.with_suffix(".broken.tmp")
+                self.folder.rename(broken)  # half a store is in the way
+                shutil.rmtree(broken, ignore_errors=True)
         sync_folder(self.folder.parent)
 
     def abandon(self) -> None:

@@ -1,0 +1,312 @@
+"""The prepare stage end to end: the same store from every executor, every example accounted for, the first error named."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainers.chat import Chat
+from trainers.errors import DataError, Fenced, TemplateError
+from trainers.prepare import TOO_LONG, prepare
+from trainers.records import DataReport, PrepareRecord, RunDir
+from trainers.spec import JobSpec
+from trainers.store import TokenStore
+
+
+def rows(num: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Messages rows of several turns, all different, with a column `kind`."""
+    draw = random.Random(seed)
+    words = ["the", "quick", "brown", "fox", "Grüße", "你好", "🙂", "1234", "\n", "<filename>"]
+
+    def text() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(1, 8))) + f" {draw.random()}"
+
+    return [
+        {
+            "messages": [{"role": role, "content": text()} for _ in range(draw.randint(1, 2)) for role in ("user", "assistant")],
+            "kind": draw.choice(["a", "b"]),
+        }
+        for _ in range(num)
+    ]
+
+
+def jsonl(path: Path, content: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+class Desk:
+    """A folder with runs and stores; every job gets a run directory of its own."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.model, self.jobs = root, model, 0
+
+    def prepare(self, data: dict[str, Any], *, executor: Any = "local", stores: str = "stores", **more: Any) -> PrepareRecord:
+        self.jobs += 1
+        run = RunDir(self.root / f"run{self.jobs}", 1, "driver")
+        chunk_bytes = more.pop("chunk_bytes", 4 * 2**20)
+        spec = JobSpec.parse({"data": data, "model": more})
+        return prepare(spec, self.model, self.root / stores, run, executor=executor, chunk_bytes=chunk_bytes)
+
+    def report(self) -> DataReport:
+        report = RunDir(self.root / f"run{self.jobs}").read("data_report.json", DataReport)
+        assert report is not None
+        return report
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny: Path) -> Desk:
+    return Desk(tmp_path, tiny)
+
+
+def examples(record: PrepareRecord, split: str) -> dict[str, tuple[list[int], list[float]]]:
+    store = TokenStore(Path(record.store), split)
+    return {store.example_id(i): tuple(part.tolist() for part in store.get(i)) for i in range(len(store))}  # type: ignore[misc]
+
+
+def files(record: PrepareRecord) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(Path(record.store).iterdir())}
+
+
+def test_every_example_is_stored_as_chat_makes_it(desk: Desk) -> None:
+    data = rows(60)
+    record = desk.prepare({"train": [{"path": jsonl(desk.root / "d.jsonl", data)}], "validation": 0.2, "slice_by": "kind"})
+    chat = Chat.load(desk.model)
+    train, validation = examples(record, "train"), examples(record, "validation")
+    assert set(train) | set(validation) == {f"d.jsonl:{i}" for i in range(1, 61)} and not set(train) & set(validation)
+    assert list(train) == sorted(train, key=lambda id: int(id.split(":")[1]))  # file order
+    for i, row in enumerate(data, 1):
+        wanted = chat.example(row["messages"])
+        assert (train | validation)[f"d.jsonl:{i}"] == (wanted.ids, wanted.weights)
+
+    report = desk.report()
+    (source,) = report.sources
+    assert (source.format, source.read, source.kept, source.dropped) == ("messages", 60, 60, {})
+    assert report.train.examples == len(train) and report.validation.examples == len(validation) > 1
+    assert report.train.tokens == sum(len(ids) for ids, _ in train.values())
+    assert report.train.supervised_tokens == sum(sum(weights) for _, weights in train.values())
+    assert report.train.length_max == max(len(ids) for ids, _ in train.values()) >= report.train.length_p95 >= report.train.length_p50 > 0
+    assert sum(report.train.slices.values()) == len(train)
+    run = RunDir(desk.root / "run1")
+    assert run.read("prepare.json", PrepareRecord) == record.model_copy(update={"attempt": 1})
+    assert any("Prepared data" in event.message for _, events in run.events() for event in events)
+
+
+def test_three_formats_give_the_same_tokens(desk: Desk) -> None:
+    pairs = [(f"Question {i} é🙂", f"Answer\n{i}") for i in range(50)]
+    layouts = {
+        "messages": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs],
+        "alpaca": [{"instruction": q, "input": "", "output": a} for q, a in pairs],
+        "sharegpt": [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in pairs],
+    }
+    found = []
+    for name, content in layouts.items():
+        record = desk.prepare({"train": [{"path": jsonl(desk.root / name / "d.jsonl", content)}]})
+        assert desk.report().sources[0].format == name
+        found.append((examples(record, "train"), examples(record, "validation")))
+    assert found[0] == found[1] == found[2] and len(found[0][0]) + len(found[0][1]) == 50
+
+
+def test_too_long_examples_are_refused_by_name_or_dropped_and_counted(desk: Desk) -> None:
+    data = rows(20)
+    data[4]["messages"][0]["content"] = "word " * 300
+    data[9]["messages"][0]["content"] = "word " * 300
+    sources = {"train": [{"path": jsonl(desk.root / "d.jsonl", data)}]}
+    with pytest.raises(DataError, match=r"d.jsonl:5: the example has 1,\d\d\d tokens, more than model.max_length = 512"):
+        desk.prepare(sources, max_length=512)
+    assert list((desk.root / "stores").iterdir()) == []
+    record = desk.prepare(sources, max_length=512, overlength="drop")
+    (source,) = desk.report().sources
+    assert (source.read, source.kept, source.dropped) == (20, 18, {TOO_LONG: 2})
+    assert len(examples(record, "train")) + len(examples(record, "validation")) == 18
+    assert any("2 of 20 examples left out" in e.message for _, events in RunDir(desk.root / "run2").events() for e in events)
+    with pytest.raises(DataError, match=r"d.jsonl: no example is left to train on \(20 longer than max_length\)") as error:
+        desk.prepare(sources, max_length=8, overlength="drop")
+    assert error.value.param == "training_file"
+
+
+def test_validation_is_chosen_by_content_alone(desk: Desk) -> None:
+    data = rows(100)
+
+    def held_out(content: list[dict[str, Any]], seed: int = 0) -> set[str]:
+        path = jsonl(desk.root / f"{desk.jobs}.jsonl", content)
+        record = desk.prepare({"train": [{"path": path}], "validation": 0.2})
+        ids = {id.split(":")[1] for id in examples(record, "validation")}
+        return {json.dumps(content[int(line) - 1]["messages"]) for line in ids}
+
+    first = held_out(data)
+    assert 5 <= len(first) <= 40
+    assert held_out(data[::-1]) == first
+    assert held_out(data[:50]) == {m for m in first if m in {json.dumps(row["messages"]) for row in data[:50]}}
+
+
+@pytest.mark.parametrize("num", [2, 3, 5])
+@pytest.mark.parametrize("fraction", [0.001, 0.5])
+def test_both_splits_get_an_example_where_there_are_two(desk: Desk, num: int, fraction: float) -> None:
+    path = ""
+    for seed in range(8):
+        path = jsonl(desk.root / f"{num}-{seed}.jsonl", rows(num, seed))
+        record = desk.prepare({"train": [{"path": path}], "validation": fraction})
+        train, validation = len(TokenStore(Path(record.store), "train")), len(TokenStore(Path(record.store), "validation"))
+        assert train >= 1 and validation >= 1 and train + validation == num
+    record = desk.prepare({"train": [{"path": jsonl(desk.root / "same.jsonl", rows(1) * num)}], "validation": fraction})
+    assert len(TokenStore(Path(record.store), "train")) == num  # copies of one example cannot be held out from it
+    record = desk.prepare({"train": [{"path": path}], "validation": 0})
+    assert len(TokenStore(Path(record.store), "validation")) == 0
+
+
+def test_validation_sources_of_their_own(desk: Desk) -> None:
+    train, validation = jsonl(desk.root / "t.jsonl", rows(10)), jsonl(desk.root / "v.jsonl", rows(4, seed=1))
+    record = desk.prepare({"train": [{"path": train}], "validation": [{"path": validation}]})
+    assert len(examples(record, "train")) == 10 and set(examples(record, "validation")) == {f"v.jsonl:{i}" for i in range(1, 5)}
+    assert [s.name for s in desk.report().sources] == ["t.jsonl", "v.jsonl"]
+    Path(validation).write_text("{}\n")
+    with pytest.raises(DataError) as error:
+        desk.prepare({"train": [{"path": train}], "validation": [{"path": validation, "format": "messages"}]})
+    assert error.value.param == "validation_file" and error.value.message.startswith("v.jsonl:1 ")
+
+
+def test_the_same_data_is_prepared_once_wherever_it_lies(desk: Desk) -> None:
+    data = rows(12)
+    first = desk.prepare({"train": [{"path": jsonl(desk.root / "a.jsonl", data)}]})
+    report = desk.report()
+    again = desk.prepare({"train": [{"path": jsonl(desk.root / "elsewhere" / "b.jsonl", data), "format": "messages"}]})
+    assert (first.cached, again.cached) == (False, True) and again.key == first.key and again.store == first.store
+    assert desk.report().train == report.train and [s.name for s in desk.report().sources] == ["b.jsonl"]
+
+
+def test_the_key_follows_everything_that_matters(desk: Desk, smollm: Path) -> None:
+    path = jsonl(desk.root / "a.jsonl", rows(12))
+    base = {"train": [{"path": path}]}
+    keys = [desk.prepare(base).key]
+    keys.append(desk.prepare({**base, "train_on": "last_assistant"}).key)
+    keys.append(desk.prepare({**base, "validation": 0.3}).key)
+    keys.append(desk.prepare({**base, "slice_by": "kind"}).key)
+    keys.append(desk.prepare(base, max_length=1024).key)
+    keys.append(desk.prepare(base, overlength="drop").key)
+    keys.append(desk.prepare({"train": [{"path": path}, {"path": path}]}).key)
+    desk.model = smollm
+    keys.append(desk.prepare(base).key)
+    jsonl(Path(path), rows(13))
+    keys.append(desk.prepare(base).key)
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_prepared_run_is_left_as_it_is_and_a_lost_store_is_made_again(desk: Desk) -> None:
+    path = Path(jsonl(desk.root / "a.jsonl", rows(12)))
+    spec = JobSpec.parse({"data": {"train": [{"path": str(path)}]}})
+    run = RunDir(desk.root / "run", 1, "driver")
+    record = prepare(spec, desk.model, desk.root / "stores", run, executor="local")
+    kept = path.read_bytes()
+    path.unlink()  # a stage that is done needs its sources no more
+    assert prepare(spec, desk.model, desk.root / "stores", run, executor="local").key == record.key
+    path.write_bytes(kept)
+    (Path(record.store) / "manifest.json").unlink()
+    again = prepare(spec, desk.model, desk.root / "stores", run, executor="local")
+    assert not again.cached and again.key == record.key
+    TokenStore(Path(again.store), "train").verify()
+
+
+def test_a_replaced_attempt_writes_nothing(desk: Desk) -> None:
+    RunDir(desk.root / "run1", 2).grant()
+    with pytest.raises(Fenced):
+        desk.prepare({"train": [{"path": jsonl(desk.root / "a.jsonl", rows(3))}]})
+    assert not (desk.root / "run1" / "prepare.json").exists()
+
+
+def test_two_jobs_may_prepare_the_same_data_at_once(desk: Desk) -> None:
+    path = jsonl(desk.root / "a.jsonl", rows(50))
+    spec = JobSpec.parse({"data": {"train": [{"path": path}]}})
+    done: list[PrepareRecord] = []
+
+    def job(n: int) -> None:
+        done.append(prepare(spec, desk.model, desk.root / "stores", RunDir(desk.root / f"job{n}", 1, "driver"), executor="local"))
+
+    threads = [threading.Thread(target=job, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({r.key for r in done}) == 1 and len(done) == 4
+    assert [p.name for p in (desk.root / "stores").iterdir()] == [done[0].key]
+
+
+BAD = [
+    (
+        {"messages": [{"role": "user", "content": "q<|im_end|>"}, {"role": "assistant", "content": "a"}]},
+        r"Message 1 \(user\) contains <\|im_end\|>",
+    ),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}, "No assistant turn is trained"),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}, "empty answer"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), BAD)
+def test_a_bad_row_stops_the_job_with_file_and_line(desk: Desk, row: dict[str, Any], says: str) -> None:
+    content = rows(10)
+    content[6] = row
+    with pytest.raises(DataError, match=rf"^d.jsonl:7:? .*{says}") as error:
+        desk.prepare({"train": [{"path": jsonl(desk.root / "d.jsonl", content)}]})
+    assert error.value.param == "training_file" and error.value.remedy
+    assert not (desk.root / "run1" / "prepare.json").exists() and list((desk.root / "stores").iterdir()) == []
+
+
+def test_an_unknown_slice_column_is_refused(desk: Desk) -> None:
+    with pytest.raises(DataError, match="No example has a column `knd`"):
+        desk.prepare({"train": [{"path": jsonl(desk.root / "d.jsonl", rows(5))}], "slice_by": "knd"})
+
+
+def test_a_model_without_template_is_refused(desk: Desk) -> None:
+    desk.model = desk.root
+    with pytest.raises(TemplateError):
+        desk.prepare({"train": [{"path": jsonl(desk.root / "d.jsonl", rows(5))}]})
+
+
+# -- on Ray --------------------------------------------------------------------------------------------------------------
+
+
+RAY_WARNS_ITSELF = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")  # its context sets deprecated fields of its own
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="ry", ignore_cleanup_errors=True) as folder:  # a short path: sockets live in it
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        yield
+        ray.shutdown()
+
+
+@RAY_WARNS_ITSELF
+def test_ray_and_a_plain_loop_write_the_same_bytes(desk: Desk, local_ray: None) -> None:
+    content = rows(400)
+    content[50]["messages"][0]["content"] = "word " * 600
+    array = desk.root / "array.json"
+    array.write_text(json.dumps(rows(30, seed=1), indent=1))
+    data = {"train": [{"path": jsonl(desk.root / "d.jsonl", content)}, {"path": str(array)}], "slice_by": "kind"}
+    local = desk.prepare(data, stores="local", overlength="drop")
+    report = desk.report()
+    on_ray = desk.prepare(data, stores="ray", overlength="drop", executor="ray", chunk_bytes=10_000)
+    assert files(local) == files(on_ray) and local.key == on_ray.key
+    assert desk.report().sources == report.sources and report.sources[0].dropped == {TOO_LONG: 1}
+
+
+@RAY_WARNS_ITSELF
+def test_ray_raises_the_first_bad_row_in_file_order(desk: Desk, local_ray: None) -> None:
+    content = rows(400)
+    for line in (391, 395, 120, 300):
+        content[line - 1] = {"messages": [{"role": "user", "content": f"bad {line}"}]}
+    content[119]["messages"] *= 20_000  # the first bad row takes longest, so that later ones are found before it
+    with pytest.raises(DataError, match=r"^d.jsonl:120 has no assistant turn") as error:
+        desk.prepare({"train": [{"path": jsonl(desk.root / "d.jsonl", content)}]}, executor="ray", chunk_bytes=2_000)
+    assert type(error.value) is DataError and error.value.param == "training_file"
+    assert list((desk.root / "stores").iterdir()) == []

@@ -1,0 +1,150 @@
+"""The store gives back what was written, and does not exist unless it is whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers import store
+from trainers.errors import StoreError
+from trainers.store import Row, StoreWriter, TokenStore, encode_runs, is_store
+
+
+def row(i: int, num_tokens: int = 5) -> Row:
+    weights = np.array([0.0] + [float(t % 3 > 0) for t in range(1, num_tokens)], np.float32)
+    ids = np.arange(i, i + num_tokens, dtype=np.int32)
+    return Row(ids, *encode_runs(weights), int(np.count_nonzero(weights)), f"a.jsonl:{i}", None if i % 2 else f"s{i % 4}")
+
+
+def write(folder: Path, num_train: int = 10, num_validation: int = 3) -> Path:
+    writer = StoreWriter(folder)
+    for i in range(num_train):
+        writer.append("train", row(i, 2 + i % 7))
+        if i < num_validation:
+            writer.append("validation", row(100 + i))
+    writer.commit('{"sources": []}')
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("shard_rows", [1, 4, 10, 4096])
+def test_rows_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_rows: int) -> None:
+    monkeypatch.setattr(store, "SHARD_ROWS", shard_rows)
+    folder = write(tmp_path / "stores" / "abc")
+    train, validation = TokenStore(folder, "train"), TokenStore(folder, "validation")
+    assert (len(train), len(validation), train.key) == (10, 3, "abc")
+    for i in range(10):
+        wanted = row(i, 2 + i % 7)
+        ids, weights = train.get(i)
+        assert ids.dtype == np.int32 and weights.dtype == np.float32
+        assert ids.tolist() == wanted.input_ids.tolist() and weights.tolist() == np.repeat(wanted.run_weights, wanted.run_lengths).tolist()
+        assert (train.example_id(i), train.slice(i)) == (wanted.id, wanted.slice)
+        assert (train.lengths[i], train.supervised[i]) == (len(wanted.input_ids), wanted.supervised)
+    assert train.lengths.dtype == train.supervised.dtype == np.int32
+    assert validation.get(2)[0][0] == 102
+    train.verify()
+    with pytest.raises(IndexError):
+        train.get(10)
+
+
+def test_ids_are_views_of_the_file(tmp_path: Path) -> None:
+    ids, _ = TokenStore(write(tmp_path / "k"), "train").get(3)
+    assert not ids.flags.owndata and not ids.flags.writeable
+
+
+def test_an_empty_split_has_no_rows(tmp_path: Path) -> None:
+    validation = TokenStore(write(tmp_path / "k", num_validation=0), "validation")
+    assert len(validation) == 0 and validation.lengths.shape == (0,)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1.0, 0.5]), max_size=30))
+def test_runs_are_exact(weights: list[float]) -> None:
+    run_weights, run_lengths = encode_runs(np.array(weights, np.float32))
+    assert np.repeat(run_weights, run_lengths).tolist() == weights
+    assert all(a != b for a, b in itertools.pairwise(run_weights))
+
+
+def test_a_store_exists_only_once_committed(tmp_path: Path) -> None:
+    folder = tmp_path / "k"
+    writer = StoreWriter(folder)
+    writer.append("train", row(0))
+    assert not folder.exists()
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StoreError, match=r"manifest.json is missing"):
+        TokenStore(folder, "train")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-00000.arrow", "data_report.json"])
+def test_a_store_without_one_of_its_files_is_none(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "k")
+    (folder / name).unlink()
+    assert not is_store(folder)
+
+
+def test_a_truncated_file_is_found_on_opening_a_flipped_byte_by_verify(tmp_path: Path) -> None:
+    folder = write(tmp_path / "k")
+    path = folder / "train-00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="damaged"):
+        TokenStore(folder, "train").verify()
+    path.write_bytes(data[:-8])
+    with pytest.raises(StoreError, match="size"):
+        TokenStore(folder, "train")
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="damaged"):
+        TokenStore(folder, "train")
+
+
+def test_a_store_of_another_version_is_none(tmp_path: Path) -> None:
+    folder = write(tmp_path / "k")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 0}))
+    assert not is_store(folder)
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    assert content(write(tmp_path / "a" / "k")) == content(write(tmp_path / "b" / "k"))
+
+
+def test_writers_of_one_key_do_not_harm_each_other(tmp_path: Path) -> None:
+    threads = [threading.Thread(target=write, args=(tmp_path / "k",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [p.name for p in tmp_path.iterdir()] == ["k"]
+    TokenStore(tmp_path / "k", "train").verify()
+
+
+def test_the_first_store_stays_and_half_a_store_is_replaced(tmp_path: Path) -> None:
+    folder = write(tmp_path / "k")
+    inode = folder.stat().st_ino
+    assert write(folder).stat().st_ino == inode
+    (folder / "manifest.json").unlink()
+    assert is_store(write(folder))
+    assert [p.name for p in tmp_path.iterdir()] == ["k"]
+
+
+def test_what_dead_writers_left_goes_after_a_day(tmp_path: Path) -> None:
+    StoreWriter(tmp_path / "dead").append("train", row(0))
+    (left,) = tmp_path.iterdir()
+    write(tmp_path / "k")
+    assert left.exists()  # it may still be alive
+    os.utime(left, (0, 0))
+    write(tmp_path / "l")
+    assert not left.exists()
