@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from service import policy, results
-from service.launch import LaunchOrder
 from service.link import Link
+from service.order import LaunchOrder
 from service.policy import Limits, Seen
 from service.settings import Settings
 from service.states import FINAL

@@ -39,10 +39,10 @@ class TooLarge(UserError):
     status: ClassVar[int] = 413
 
 
-def body(status: int, message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
-    """The error object as clients expect it."""
+def body(status: int, message: str, code: str | None, param: str | None = None, remedy: str = "") -> dict[str, Any]:
+    """The error object as clients expect it; `remedy` repeats the end of the message for those who show it apart."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code} | ({"remedy": remedy} if remedy else {})}
 
 
 def install(app: FastAPI) -> None:
@@ -51,7 +51,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(TuneyardError)
     async def known(_: Request, error: TuneyardError) -> JSONResponse:
         headers = {"retry-after": "5"} if error.status == 503 else {}
-        return JSONResponse(body(error.status, str(error), error.code, error.param), error.status, headers)
+        return JSONResponse(body(error.status, str(error), error.code, error.param, error.remedy), error.status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,0 +1,331 @@
+"""The command `tuneyard`. Exit codes: 0 done, 1 the job or the request failed, 2 wrong usage, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from service.settings import Settings, make_home
+from trainers.errors import TuneyardError
+from trainers.spec import JobSpec
+
+if TYPE_CHECKING:
+    from service.client import Client, Json, Update
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Supervised fine-tuning on your own cluster."
+)
+keys = typer.Typer(no_args_is_help=True, help="API keys (needs access to the home).")
+app.add_typer(keys, name="keys")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+HomeOption = Annotated[Path | None, typer.Option(help="The service's folder; by default TUNEYARD_HOME or ~/.tuneyard.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+
+
+def main() -> None:
+    """Run a command; every failure that a user can meet is one line of cause and one of remedy."""
+    try:
+        app()
+    except TuneyardError as error:
+        _die(error.message, error.remedy)
+    except Exception as error:
+        if (told := _wire_failure(error)) is None:
+            raise
+        _die(*told)
+
+
+def _wire_failure(error: Exception) -> tuple[str, str] | None:
+    """(cause, remedy) of a failed request; None for any other exception."""
+    import openai  # here, as in all commands that speak HTTP: it takes a second to load
+
+    if isinstance(error, openai.APIStatusError):
+        told = error.body if isinstance(error.body, dict) else {}
+        message, remedy = str(told.get("message") or error.message), str(told.get("remedy") or "")
+        return message.removesuffix(remedy).strip(), remedy
+    if isinstance(error, openai.APIConnectionError):
+        return (
+            f"Nothing answers at {error.request.url.copy_with(path='/')}.",
+            "Start the service with `tuneyard up`, or mend OPENAI_BASE_URL.",
+        )
+    return None
+
+
+def _die(cause: str, remedy: str) -> None:
+    err.print(f"[red]error:[/red] {_plain(cause)}")
+    if remedy:
+        err.print(f"  [green]fix:[/green] {_plain(remedy)}")
+    sys.exit(1)
+
+
+def _plain(text: str) -> str:
+    """Text with nothing in it that rich would take as markup."""
+    return text.replace("[", "\\[")
+
+
+def _client(home: Path | None) -> Client:
+    from service.client import Client
+
+    return Client.find(Settings.load(home=home).home)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+# -- the service -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    home: HomeOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.", show_default="8790")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Dashboard of a Ray cluster that exists, http://host:8265.")] = None,
+) -> None:
+    """Start the service: API, runner and, unless --ray-address is given, a local Ray."""
+    from service.up import up as run
+
+    settings = Settings.load(home=home, host=host, port=port, ray_address=ray_address)
+    run(settings, lambda line: print(line, flush=True))
+
+
+@app.command()
+def down(home: HomeOption = None) -> None:
+    """Stop the service of this home, or what a killed one left running."""
+    from service.up import down as stop
+
+    out.print("Stopped." if stop(Settings.load(home=home)) else "Nothing was running.")
+
+
+@app.command()
+def demo(
+    home: HomeOption = None, keep: Annotated[bool, typer.Option("--keep", help="Leave the service running at the end.")] = False
+) -> None:
+    """The running example, start to finish: train on real data, then compare base and tuned."""
+    from service.demo import demo as run
+
+    raise typer.Exit(run(home=home, keep=keep))
+
+
+@keys.command("create")
+def create_key(project: Annotated[str, typer.Option(help="The project the key is for; made if need be.")], home: HomeOption = None) -> None:
+    """Print a new key. It cannot be shown again."""
+    from service.store import Store
+
+    settings = Settings.load(home=home)
+    make_home(settings)
+    store = Store(settings.database_url)
+    store.migrate()
+    sys.stdout.write(store.create_key(project) + "\n")
+    store.close()
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def submit(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and show progress.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload what a job file names and start the job."""
+    spec = JobSpec.load(job)
+    client = _client(home)
+    created = client.submit(spec)
+    if not follow:
+        _print_json(created) if as_json else out.print(created["id"])
+        return
+    if not as_json:
+        out.print(f"Job {created['id']}")
+    _follow(client, created["id"], as_json)
+
+
+@app.command("list")
+def list_jobs(home: HomeOption = None, limit: Annotated[int, typer.Option(min=1)] = 20, as_json: JsonOption = False) -> None:
+    """The newest jobs."""
+    jobs = [job.to_dict() for job in _client(home).openai.fine_tuning.jobs.list(limit=limit).data]
+    if as_json:
+        _print_json(jobs)
+        return
+    table = Table("job", "status", "base", "created", "model", box=None)
+    for job in jobs:
+        table.add_row(
+            job["id"], job["status"], job["model"], _when(job["created_at"]), job["fine_tuned_model"] or job["queue_reason"] or ""
+        )
+    out.print(table)
+
+
+@app.command()
+def show(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """One job: what it is and what it does now."""
+    client = _client(home)
+    wire, detail = client.openai.fine_tuning.jobs.retrieve(job).to_dict(), client.get(f"/tuneyard/jobs/{job}")
+    if as_json:
+        _print_json(wire | {"tuneyard": detail})
+        return
+    table = Table(box=None, show_header=False)
+    rows = {
+        "job": wire["id"],
+        "status": wire["status"],
+        "base": wire["model"],
+        "model": wire["fine_tuned_model"],
+        "waits for": detail["queue_reason"],
+        "stage": detail["stage"],
+        "attempt": detail["attempt"],
+        "created": _when(wire["created_at"]),
+        "finished": _when(wire["finished_at"]),
+        "trained tokens": wire["trained_tokens"],
+        "hyperparameters": ", ".join(f"{k} {v}" for k, v in wire["hyperparameters"].items()),
+        "error": (wire["error"] or {}).get("message"),
+        "files": detail["run_dir"],
+    }
+    for name, value in rows.items():
+        if value not in (None, ""):
+            table.add_row(name, _plain(str(value)))
+    out.print(table)
+
+
+@app.command()
+def events(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job has ended.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What happened to a job, oldest first."""
+    client = _client(home)
+    if follow:
+        for update in client.watch(job):
+            for event in update.events:
+                _print_event(event, as_json)
+    else:
+        for event in client.events(job, set()):
+            _print_event(event, as_json)
+
+
+@app.command()
+def logs(job: JobId, home: HomeOption = None) -> None:
+    """What the newest attempt of a job printed."""
+    sys.stdout.write(_client(home).get(f"/tuneyard/jobs/{job}/logs")["text"])
+
+
+@app.command()
+def cancel(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Stop a job for good."""
+    cancelled = _client(home).openai.fine_tuning.jobs.cancel(job).to_dict()
+    _print_json(cancelled) if as_json else out.print(f"{cancelled['id']} is {cancelled['status']}.")
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Models that answer here."""
+    found = [model.to_dict() for model in _client(home).openai.models.list().data]
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("model", "what it is", box=None)
+    for model in found:
+        tuned = f"tuned from {model['base']} by {model['job_id']}" if "base" in model else "base model"
+        table.add_row(str(model["id"]), f"alias of {model['alias_of']}" if "alias_of" in model else tuned)
+    out.print(table)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Ask once instead of talking.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
+    home: HomeOption = None,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends it."""
+    client = _client(home)
+    said: list[Any] = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = message if message is not None else input("> ")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        said.append({"role": "user", "content": line})
+        answer = ""
+        for chunk in client.openai.chat.completions.create(model=model, messages=said, temperature=temperature, stream=True):
+            for choice in chunk.choices:
+                answer += choice.delta.content or ""
+                sys.stdout.write(choice.delta.content or "")
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+        said.append({"role": "assistant", "content": answer})
+        if message is not None:
+            return
+
+
+# -- following a job -------------------------------------------------------------------------------------------------
+
+
+def _follow(client: Client, job_id: str, as_json: bool) -> None:
+    """Show a job until its end; leave with 1 unless it succeeded. Ctrl-C leaves the job running."""
+    job: Json = {}
+    if as_json:
+        for update in client.watch(job_id):
+            job = update.job
+            for event in update.events:
+                _print_event(event, as_json)
+        _print_json(job)
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[told]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=out, transient=True) as progress:
+            bar = progress.add_task("waiting", total=1, told="")
+            for update in client.watch(job_id):
+                job = update.job
+                for event in update.events:
+                    if event["type"] == "message":
+                        _print_event(event, as_json)
+                _show(progress, bar, update)
+        out.print(f"{job['status']}: {_plain((job['error'] or {}).get('message') or job['fine_tuned_model'] or '')}")
+    if job["status"] != "succeeded":
+        raise typer.Exit(1)
+
+
+def _show(progress: Progress, bar: TaskID, update: Update) -> None:
+    numbers = (update.detail["progress"] or {}).get("data") or {}
+    told = [f"loss {numbers['train_loss']:.3f}"] if "train_loss" in numbers else []
+    told += [f"{numbers['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in numbers else []
+    stage = update.detail["stage"] if update.job["status"] == "running" else None
+    description = stage or update.detail["queue_reason"] or update.job["status"]
+    progress.update(bar, description=description, total=numbers.get("total", 1), completed=numbers.get("done", 0), told=", ".join(told))
+
+
+def _print_event(event: Json, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(event) + "\n")
+        return
+    style = {"warn": "yellow", "error": "red"}.get(event["level"], "none")
+    out.print(f"{time.strftime('%H:%M:%S', time.localtime(event['created_at']))}  [{style}]{_plain(event['message'])}[/{style}]")
+
+
+def _when(seconds: int | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""What the runner tells the driver of an attempt beyond the job itself."""
+
+from __future__ import annotations
+
+from trainers.records import Record
+
+
+class LaunchOrder(Record):
+    """`launch.json` in the run directory; written by the runner, read by `python -m service.launch`."""
+
+    job_id: str
+    model_name: str
+    """The name that must answer when the job has succeeded (`ft:{base}:{org}:{suffix}:{id}`)."""
+    models: str
+    """Folder where base models are cached."""
+    stores: str
+    """Folder of the project's token stores."""
+    serve_url: str | None = None
+    """Where the serving app of the base answers, for example http://127.0.0.1:8000/smollm2-135m-instruct."""
+    serve_token_file: str | None = None
+    """File with the bearer token that the serving app asks for."""
