@@ -61,7 +61,7 @@ class Chat:
             tokenizer.no_padding()
         self._special = special
         self._template = _compile(template)
-        self._encode_short = functools.lru_cache(maxsize=4096)(self._encode_plain)
+        self._encode_short = functools.lru_cache(maxsize=1024)(self._encode_plain)
 
         rendered = self.render(_PROBE) + self.render(_PROBE[:1], add_generation_prompt=True)
         added = {t.content: id for id, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
@@ -117,6 +117,12 @@ class Chat:
         """Ids to send to the model so that it writes the next assistant turn."""
         return self._encode(messages, add_generation_prompt=True)[0]
 
+    def prompts(self, messages: list[Message]) -> dict[int, list[int]]:
+        """`prompt(messages[:k])` for the index k of every assistant turn; no prefix is rendered twice."""
+        prefixes: dict[int, str] = {}
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        return {k: self._encode(messages[:k], add_generation_prompt=True, prefixes=prefixes)[0] for k in turns}
+
     def example(self, messages: list[Message], train_on: str = "assistant") -> Example:
         """Ids and weights of a whole conversation; supervised are the assistant's text and its end-of-turn token, nothing else.
 
@@ -154,17 +160,29 @@ class Chat:
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
-    def _encode(self, messages: list[Message], add_generation_prompt: bool) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Ids of the conversation and, for each assistant turn, (message index, first id, one past its end-of-turn token)."""
+    def _encode(
+        self, messages: list[Message], add_generation_prompt: bool, prefixes: dict[int, str] | None = None
+    ) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Ids of the conversation and, for each assistant turn, (message index, first id, one past its end-of-turn token).
+
+        `prefixes` remembers, for a caller that asks about one conversation again and again, the render of its first k messages.
+        """
+        prefixes = {} if prefixes is None else prefixes
+
+        def prefix_of(index: int) -> str:
+            if index not in prefixes:
+                prefixes[index] = self.render(messages[:index], add_generation_prompt=True)
+            return prefixes[index]
+
         self._refuse_control_tokens(messages)
-        text = self.render(messages, add_generation_prompt)
+        text = prefix_of(len(messages)) if add_generation_prompt else self.render(messages)
         ids: list[int] = []
         turns = []
         at = 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prefix = self.render(messages[:index], add_generation_prompt=True)
+            prefix = prefix_of(index)
             if not text.startswith(prefix) or len(prefix) < at:
                 raise TemplateError(
                     f"The chat template rewrites what came before message {index + 1} (assistant).",
@@ -190,7 +208,7 @@ class Chat:
             if i % 2:
                 ids.append(self.control[piece])
             elif piece:
-                ids += self._encode_short(piece) if len(piece) <= 64 else self._encode_plain(piece)
+                ids += self._encode_short(piece) if len(piece) <= 1024 else self._encode_plain(piece)
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:

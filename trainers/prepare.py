@@ -168,7 +168,7 @@ def _build(
     """Write the store, or raise the first error and leave nothing behind."""
     fraction = spec.data.validation if isinstance(spec.data.validation, float) else 0.0
     limit = int(fraction * _ALL)  # an example is held out when its digest is below this
-    total = sum(source.lines for source in inspected)
+    total = sum(source.rows for source in inspected)
     while True:
         writer = StoreWriter(folder)
         try:
@@ -192,6 +192,7 @@ def _balance(limit: int, tally: Tally) -> int:
 
 def _collect(outcomes: Iterable[Outcome], writer: StoreWriter, limit: int, num_train: int, run: RunDir, total: int) -> Tally:
     tally = Tally()
+    run.progress("prepare", done=0, total=total)
     told = time.monotonic()
     for done, outcome in enumerate(outcomes, 1):
         if outcome.error is not None:

@@ -69,8 +69,9 @@ def prove(chat: Chat, messages: list[Message], example: Example, train_on: str, 
         require(False, f"message {trained[len(runs)].message + 1} (assistant) is trained, but has no supervised token")
 
     starts = {answer.message: start for answer, (start, _) in zip(trained, runs, strict=True)}
+    prompts = chat.prompts(messages)
     for answer in answers:
-        prompt = chat.prompt(messages[: answer.message])
+        prompt = prompts[answer.message]
         turn = f"message {answer.message + 1} (assistant)"
         if ids[: len(prompt)] != prompt:
             different = next((t for t, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(ids))

@@ -73,7 +73,8 @@ class Inspection:
     format: str
     bytes: int
     sha256: str
-    lines: int
+    rows: int
+    """At most so many (blank lines count); 0 where only reading would tell (a JSON array)."""
     chunks: list[Chunk]
 
 
@@ -122,7 +123,8 @@ def inspect(source: Source, chunk_bytes: int = 4 * 2**20) -> Inspection:
                 start, line = line_start, lines
     if size > start:
         chunks.append(chunk(start, size, line))
-    return Inspection(name, format, size, sha256.hexdigest(), lines, chunks)
+    rows = 0 if array else lines - (line_start == size)
+    return Inspection(name, format, size, sha256.hexdigest(), rows, chunks)
 
 
 def read(chunk: Chunk, slice_by: str | None = None) -> Iterator[Conversation]:

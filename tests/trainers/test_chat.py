@@ -89,7 +89,7 @@ def test_any_conversation_keeps_every_promise(chat: Chat, messages: list[Message
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for index in answers:
         prompt = chat.prompt(messages[:index])
-        assert example.ids[: len(prompt)] == prompt
+        assert example.ids[: len(prompt)] == prompt == chat.prompts(messages)[index]
     trained = [messages[i]["content"] for i in (answers[-1:] if last else answers) if messages[i].get("weight", 1)]
     supervised = [i for i, w in zip(example.ids, example.weights, strict=True) if w]
     assert supervised.count(chat.control["<|im_end|>"]) == len(trained)
