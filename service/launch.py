@@ -10,43 +10,36 @@ where its record is there, so the answer to every crash is to run the job again.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
-
 import sys
 import time
 from pathlib import Path
 
 from serve.deploy import deploy
+
+from service.order import LaunchOrder
 from trainers import resolve
 from trainers.catalogue import Base, find_any
 from trainers.chat import Chat
 from trainers.errors import Fenced, TuneyardError
 from trainers.fetch import ensure
-from trainers.records import DeployRecord, EvaluationRecord, ModelRecord, OutcomeRecord, PrepareRecord, Record, RunDir, TrainRecord, write_atomic
+from trainers.records import (
+    DeployRecord,
+    EvaluationRecord,
+    ModelRecord,
+    OutcomeRecord,
+    PrepareRecord,
+    RunDir,
+    TrainRecord,
+    write_atomic,
+)
 from trainers.spec import JobSpec, Placement
 from trainers.store import TokenStore
 
 
-class LaunchOrder(Record):
-    """What the driver must know beyond the job itself (`launch.json`)."""
-
-    job_id: str
-    model_name: str
-    """The name that must answer when the job has succeeded (`ft:{base}:{org}:{suffix}:{id}`)."""
-    models: str
-    """Folder where base models are cached."""
-    stores: str
-    """Folder of the project's token stores."""
-    serve_url: str | None = None
-    """Where the serving app of the base answers, for example http://127.0.0.1:8000/smollm2-135m-instruct."""
-    serve_token_file: str | None = None
-    """File with the bearer token that the serving app asks for."""
-
-
 def launch(run: RunDir) -> OutcomeRecord:
     """Run the stages that are not done yet; returns the outcome, which is also written as `outcome.json`."""
-    spec, order = JobSpec.parse_file(run.path("spec.json")), run.read("launch.json", LaunchOrder)
+    spec, order = JobSpec.model_validate_json(run.path("spec.json").read_bytes()), run.read("launch.json", LaunchOrder)
     if order is None:
         raise FileNotFoundError(run.path("launch.json"))
     try:
@@ -118,19 +111,25 @@ def deploy_stage(spec: JobSpec, order: LaunchOrder, model_dir: Path, model: Mode
 
 def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: RunDir) -> None:
     """Compare base and tuned. A failure here is an event: the training was paid for, and the model answers."""
-    from serve.evaluate import evaluate
+    from serve.evaluate import Endpoint, Model, evaluate
 
     if not spec.evaluate.tasks or run.read("evaluation.json", EvaluationRecord) is not None:
         return
     assert order.serve_url is not None and order.serve_token_file is not None
     token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
     try:
-        record = asyncio.run(evaluate(run, spec.evaluate.tasks, order.serve_url, token, run.path(model.adapter)))
-    except TuneyardError as error:
+        tuned = Model(order.model_name, adapter=str(run.path(model.adapter)))
+        endpoint = Endpoint(order.serve_url, token)
+        record = evaluate(run, spec.evaluate.tasks, endpoint, Model(model.base), tuned, spec.data.slice_by)
+    except Fenced:
+        raise
+    except Exception as error:  # whatever went wrong here, the model is trained and answers
         run.event(f"Evaluation failed: {error}", "error")
         return
     for task in record.tasks:
-        run.event(f"{task.name}: {task.metric} base {task.base[task.metric]:.1%}, tuned {task.tuned[task.metric]:.1%} ({task.examples} examples).")
+        run.event(
+            f"{task.name}: {task.metric} base {task.base[task.metric]:.1%}, tuned {task.tuned[task.metric]:.1%} ({task.examples} examples)."
+        )
 
 
 def _free_cpus() -> int:
