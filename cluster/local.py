@@ -53,13 +53,13 @@ class LocalHead:
 
     def alive(self) -> bool:
         """Both daemons that nothing works without are there."""
-        names = [" ".join(command) for command in _commands(self._members())]
+        names = [" ".join(command) for command in _commands(self.members())]
         return all(any(daemon in name and self.temp_dir in name for name in names) for daemon in ("gcs_server", "raylet"))
 
     def stop(self) -> None:
         """End every process of this head, drivers and replicas included, and remove its temporary folder."""
         deadline = time.monotonic() + 1.5
-        while members := self._members():
+        while members := self.members():
             for process in members:
                 with suppress(psutil.NoSuchProcess):
                     # Terminated daemons take a while to say good-bye to each other; nothing of theirs needs saving.
@@ -67,7 +67,7 @@ class LocalHead:
             psutil.wait_procs(members, timeout=1.0)
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
-    def _members(self) -> list[psutil.Process]:
+    def members(self) -> list[psutil.Process]:
         """Processes of this head: of its session, with its marker, or children of such."""
         same_session, marked = [], []
         for process in psutil.process_iter():

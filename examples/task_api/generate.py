@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from examples.task_api.wording import DAYS, HIGH, LOW, MEDIUM, TEST, TRAIN, Wording
+from examples.task_api.wording import DAYS, HIGH, LOW, MEDIUM, TEST, THINGS, TRAIN, Wording
 
 SEED = 7
 SYSTEM = "Turn the request into one task command as JSON."
@@ -85,6 +85,10 @@ class Writer:
         """The sentence with words in its slots; what they say goes into `said`."""
 
         def word(slot: re.Match[str]) -> str:
+            if slot[1] == "do":
+                return self.rng.choice(self.words.openers)
+            if slot[1] == "thing":
+                return self.rng.choice(THINGS)
             text, said[KEYS[slot[1]]] = getattr(self, f"slot_{slot[1]}")()
             return text
 
@@ -107,9 +111,9 @@ class Writer:
     def slot_ref(self) -> tuple[str, str]:
         if self.rng.random() < 0.4:
             number = self.rng.choice(self.words.ids)
-            return self.rng.choice(self.words.ref_id).replace("{id}", str(number)), f"#{number}"
-        title = self.slot_title()[0]
-        return self.rng.choice(self.words.ref_title).replace("{title}", title), title
+            return self.fill(self.rng.choice(self.words.ref_id).replace("{id}", str(number)), {}), f"#{number}"
+        title, _ = self.slot_title()
+        return self.fill(self.rng.choice(self.words.ref_title).replace("{title}", title), {}), title
 
     def slot_due(self) -> tuple[str, str]:
         day = self.rng.choice(DAYS)

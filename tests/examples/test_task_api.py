@@ -97,7 +97,8 @@ def surface(words: Wording) -> dict[str, set[str]]:
     clauses = [words.due, words.high, words.low, words.person, words.list_filters]
     titles = {word for t in words.titles for phrase in [*t.verbs, *t.things, *t.ends] for word in phrase.lower().split()}
     return {
-        "sentences": {re.sub(r"\W+", " ", sentence).strip().lower() for sentences in lists for sentence in sentences},
+        "openers": set(words.openers) - {""},
+        "sentences": {re.sub(r"\W+", " ", sentence.replace("{do}", "")).strip().lower() for each in lists for sentence in each},
         "clauses": {clause.strip(" ,-!()") for group in clauses for clause in group},
         "title words": titles - GLUE,
         "names": set(words.names),
