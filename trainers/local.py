@@ -69,7 +69,9 @@ def _show(record: StepRecord) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainers.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainers.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", type=Path, help="a job file (YAML or JSON)")
     parser.add_argument("--run", type=Path, help="run directory; by default ./runs/{name of the job}")
     args = parser.parse_args()

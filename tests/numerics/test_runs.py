@@ -59,7 +59,16 @@ def test_stopped_and_resumed_is_bit_identical(tiny: Path, store: Path, uninterru
 
 
 def worker(tiny: Path, store: Path, folder: Path, spec: JobSpec, attempt: int, **env: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.numerics.runs", str(tiny), str(store), str(folder), spec.model_dump_json(by_alias=True), str(attempt)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.numerics.runs",
+        str(tiny),
+        str(store),
+        str(folder),
+        spec.model_dump_json(by_alias=True),
+        str(attempt),
+    ]
     root = Path(__file__).parents[2]
     return subprocess.Popen(command, cwd=root, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
