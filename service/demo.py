@@ -60,7 +60,7 @@ def demo(home: Path | None = None, keep: bool = False) -> int:
             out.print(f"Memory   {report.size(memory.peak)} at most, all processes together ({memory.how})")
             out.print(f"Report   {run.path('report.json')}", soft_wrap=True)
     except KeyboardInterrupt:
-        out.print("Interrupted; the job was cancelled and the service stopped.")
+        out.print("Interrupted; nothing is left running.")
         return 130
     option = f" --home {shlex.quote(str(settings.home))}" if home else ""
     out.print(f"\nThe service goes on; `tuneyard down{option}` stops it." if keep else f"\n`tuneyard up{option}` serves this model again.")

@@ -1,0 +1,64 @@
+"""The demo's own part: what it starts, it stops. (The whole of it is run by tests/e2e.)"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service.demo import demo
+from trainers.errors import Unavailable
+
+
+def test_a_service_that_cannot_start_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("TUNEYARD_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(Unavailable, match=r"The service did not start: Port .* in use") as caught:
+            demo(tmp_path / "home")
+    assert "choose another --port" in caught.value.remedy
+    assert _processes_of(tmp_path) == []
+
+
+@pytest.mark.timeout(120)
+def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; from pathlib import Path; from service.demo import demo; sys.exit(demo(Path({str(home)!r})))"],
+        env=os.environ | {"TUNEYARD_PORT": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (home / "ray.json").exists():  # Ray is being started: the worst moment
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        said, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130 and "Interrupted" in said
+    assert _processes_of(tmp_path) == []
+    assert not (home / "ray.json").exists()
+
+
+def _processes_of(folder: Path) -> list[str]:
+    """Command lines of processes that name this test's folder or belong to a Ray whose token lies in it."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            continue
+        if str(folder) in " ".join(process.info["cmdline"] or []) or str(folder) in environment.get("RAY_AUTH_TOKEN_PATH", ""):
+            found.append(" ".join(process.info["cmdline"]))
+    return found
