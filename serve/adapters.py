@@ -82,13 +82,15 @@ def load_adapter(path: str, shapes: dict[str, tuple[int, int]], dtype: torch.dty
     for name, pair in pairs.items():
         if name not in shapes or set(pair) != {"lora_A", "lora_B"}:
             raise ModelError(
-                f"{folder.name}: adapts `{name}` ({', '.join(sorted(pair))}), which this base cannot take.", "Serve it on its own base model."
+                f"{folder.name}: adapts `{name}` ({', '.join(sorted(pair))}), which this base cannot take.",
+                "Serve it on its own base model.",
             )
         num_out, num_in = shapes[name]
         a, b = pair["lora_A"], pair["lora_B"]
         if a.shape != (rank, num_in) or b.shape != (num_out, rank):
             raise ModelError(
-                f"{folder.name}: `{name}` has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base needs {(rank, num_in)} and {(num_out, rank)}.",
+                f"{folder.name}: `{name}` has shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"the base needs {(rank, num_in)} and {(num_out, rank)}.",
                 "Serve it on the base model that it was trained on.",
             )
         weights[name] = (a.to(dtype), (b.float() * scaling).T.contiguous().to(dtype))
@@ -184,8 +186,9 @@ class Mix:
 def stack(adapters: tuple[Adapter, ...]) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     """Concatenate the adapters' weights along the rank, with zeros where an adapter leaves a module alone."""
     for name in dict.fromkeys(name for a in adapters for name in a.weights):
-        a_like, b_like = next(a.weights[name] for a in adapters if name in a.weights)
-        pairs = [a.weights.get(name) or (a_like.new_zeros(a.rank, a_like.shape[1]), b_like.new_zeros(a.rank, b_like.shape[1])) for a in adapters]
+        like_a, like_b = next(a.weights[name] for a in adapters if name in a.weights)
+        none = {a: (like_a.new_zeros(a.rank, like_a.shape[1]), like_b.new_zeros(a.rank, like_b.shape[1])) for a in adapters}
+        pairs = [a.weights.get(name, none[a]) for a in adapters]
         yield name, (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -45,7 +45,12 @@ class Engine(Protocol):
     context: int
     """Most tokens of prompt and answer together."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    @property
+    def num_running(self) -> int:
+        """Sequences being generated now."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Stream the answer's tokens; closing the iterator stops the generation.
 
         Raises UserError if the request cannot fit the context or its adapter is unusable, before the first event.

@@ -14,10 +14,9 @@ class AnswerText:
         self._decode = decode
         self._stop = stop
         self._ids: list[int] = []
-        self._clean = (0, 0)
-        # Ids before _ids[start] are done with. From there on `shown` characters were passed on: a few ids are decoded again
-        # each time, because what an id says can depend on the one before it.
-        self._start, self._shown = 0, 0
+        # What an id says can depend on the one before it, so a few ids are decoded again each time: those from `start` on,
+        # of whose text `shown` characters were passed on. Ids before `clean` end in a whole character.
+        self._start, self._clean, self._shown = 0, 0, 0
         self._held = ""
         self.stopped = False
         """A stop string was met; the text is complete."""
@@ -27,7 +26,7 @@ class AnswerText:
         self._ids.append(id)
         text = self._decode(self._ids[self._start :])
         whole = text.rstrip(BROKEN)
-        delta, self._shown = whole[self._shown :], max(self._shown, len(whole))
+        delta, self._shown = whole[self._shown :], len(whole)
         if whole == text:
             self._advance()
         return self._cut(delta, last=False)
@@ -37,11 +36,9 @@ class AnswerText:
         return self._cut(self._decode(self._ids[self._start :])[self._shown :], last=True)
 
     def _advance(self) -> None:
-        """Forget all ids but those since the last clean point, which stay as context."""
-        start, end = self._clean
-        self._clean = (end, len(self._ids))
-        self._start = end
-        self._shown = len(self._decode(self._ids[end:]))
+        """Everything is a whole character: keep only the ids since the last such point, as context."""
+        self._start, self._clean = self._clean, len(self._ids)
+        self._shown = len(self._decode(self._ids[self._start :]))
 
     def _cut(self, delta: str, last: bool) -> str:
         text = self._held + delta
