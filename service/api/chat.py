@@ -16,12 +16,18 @@ from fastapi.responses import StreamingResponse
 
 from service.api.auth import Caller, Cluster, Config, Db
 from service.api.models import target
-from trainers.errors import Unavailable, UserError
+from trainers.errors import TuneyardError, Unavailable, UserError
 
 router = APIRouter(prefix="/v1/chat")
 
 PROBE_S = 0.25
 FORWARDED = ("content-type", "retry-after")
+
+
+class ServingFailed(TuneyardError):
+    """The serving app broke down over a request."""
+
+    code = "serving_failed"
 
 
 @router.post("/completions")
@@ -33,6 +39,7 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
     headers = {
         "authorization": f"Bearer {settings.serve_token_file.read_text(encoding='utf-8')}",
         "content-type": "application/json",
+        "accept-encoding": "identity",  # what comes is passed on as it is
         "x-tuneyard-model": name,
         "x-tuneyard-adapter": str(found.adapter or ""),
     }
@@ -75,15 +82,19 @@ async def _send(request: Request, http: httpx.AsyncClient, outgoing: httpx.Reque
             if not sending.done() and await request.is_disconnected():
                 return None
         upstream = sending.result()
-    except httpx.TransportError:
+    except (httpx.ConnectError, httpx.ConnectTimeout):
         return None
+    except httpx.TransportError as error:
+        raise Unavailable(f"The model was lost while it answered ({type(error).__name__}).", "Ask again.", "model") from None
     finally:
         sending.cancel()
-    # Serve's own proxy answers in plain text for a route it does not know yet; our app always answers JSON or a stream.
-    if upstream.status_code in (404, 500, 502, 503) and "json" not in upstream.headers.get("content-type", ""):
-        await upstream.aclose()
+    if upstream.is_success or "json" in upstream.headers.get("content-type", ""):
+        return upstream
+    await upstream.aclose()
+    # Serve's own proxy answers in plain text, and so for a route that it does not know yet; our app never does.
+    if upstream.status_code in (404, 503):
         return None
-    return upstream
+    raise ServingFailed(f"The serving app failed with status {upstream.status_code}.", "See the serving log of the cluster.", "model")
 
 
 async def _relay(upstream: httpx.Response) -> AsyncIterator[bytes]:

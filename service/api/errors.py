@@ -55,12 +55,16 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        # A body that is no JSON has its position as a place; it is no parameter's name.
-        param = None if first["type"] == "json_invalid" else ".".join(place) or None
-        told = {"json_invalid": "The body is not JSON.", "missing": f"`{param}` is missing."}.get(
-            first["type"], f"`{param}`: {first['msg']}."
+        first, *others = error.errors()
+        if first["type"] == "json_invalid":
+            return JSONResponse(body(400, "The body is not JSON.", "invalid_request"), 400)
+        param = _place(first) or None
+        # The members of a union complain one by one, at the same place.
+        rules = dict.fromkeys(e["msg"] for e in (first, *others) if _place(e) == _place(first))
+        told = (
+            f"`{param}` is missing."
+            if first["type"] == "missing" and param
+            else f"{f'`{param}`' if param else 'The body'}: {'; or '.join(rules)}."
         )
         return JSONResponse(body(400, told, "invalid_request", param), 400)
 
@@ -68,6 +72,14 @@ def install(app: FastAPI) -> None:
     async def routing(request: Request, error: HTTPException) -> JSONResponse:
         told = {404: f"There is nothing at {request.url.path}.", 405: f"{request.method} is not possible at {request.url.path}."}
         return JSONResponse(body(error.status_code, told.get(error.status_code, str(error.detail)), None), error.status_code, error.headers)
+
+
+def _place(error: dict[str, Any]) -> str:
+    """The field that a complaint is about, without the names of union members ("literal['auto']", "constrained-int")."""
+    parts = [str(part) for part in error["loc"][1:]]  # the first says body or query
+    return ".".join(
+        part for part in parts if "'" not in part and not part.startswith("constrained-") and part not in ("int", "float", "str")
+    )
 
 
 class Guard:
@@ -90,6 +102,8 @@ class Guard:
 
         async def named(message: Message) -> None:
             nonlocal started
+            if received > limit and not started:
+                return  # whatever the app makes of its cut-off body, the answer is ours, below
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
@@ -100,17 +114,20 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise TooLarge(f"The request has more than {limit} bytes.", "Send less at a time.")
+                raise TooLarge(f"The request has more than {limit} bytes.")
             return message
+
+        async def answer(status: int, message: str, code: str) -> None:
+            headers = {"x-request-id": request_id, "connection": "close"}
+            await JSONResponse(body(status, message, code), status, headers)(scope, receive, send)
 
         try:
             await self.app(scope, counted, named)
-        except Exception as error:
+        except Exception:
             if started:
                 raise
-            if isinstance(error, TooLarge):
-                response = JSONResponse(body(413, str(error), error.code), 413, {"connection": "close"})
-            else:
+            if received <= limit:
                 log.exception("%s %s %s failed.", request_id, scope["method"], scope["path"])
-                response = JSONResponse(body(500, f"Something went wrong here; the log has it under {request_id}.", "internal_error"), 500)
-            await response(scope, receive, named)
+                await answer(500, f"Something went wrong here; the log has it under {request_id}.", "internal_error")
+        if received > limit and not started:
+            await answer(413, f"The request has more than {limit} bytes. Send less at a time.", TooLarge.code)

@@ -1,0 +1,71 @@
+"""A stand-in for the training driver, real in all that the runner sees: process, lease, run directory, outcome.
+
+The training file's first row says how to behave: {"steps": 5, "seconds": 0.1, "end": "ok" | "refuse" | "crash", "stubborn": bool}.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from trainers.errors import DataError, Fenced
+from trainers.records import CheckpointRecord, ModelRecord, OutcomeRecord, RunDir, StepRecord, checkpoint_name
+from trainers.spec import JobSpec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("--attempt", type=int, required=True)
+    args = parser.parse_args()
+    run = RunDir(args.run, args.attempt, "driver")
+    spec = JobSpec.parse(json.loads(run.path("spec.json").read_text()))
+    with Path(spec.data.train[0].path).open() as file:
+        orders = json.loads(file.readline())
+    run.path(f"pid-{args.attempt}").write_text(str(os.getpid()))
+    if orders.get("stubborn") and args.attempt == 1:
+        os.setsid()  # outlives its supervisor
+    try:
+        work(run, orders)
+    except Fenced as fenced:
+        run.path(f"fenced-{args.attempt}").write_text(str(fenced))
+
+
+def work(run: RunDir, orders: dict) -> None:
+    steps, seconds = orders.get("steps", 3), orders.get("seconds", 0.02)
+    print("at work", flush=True)
+    run.event(f"Attempt {run.attempt} is at work.")
+    if orders.get("end") == "crash":
+        sys.exit("out of luck")
+    if orders.get("end") == "refuse":
+        error = DataError("train.jsonl:2 is not JSON.", "Mend line 2.", "training_file")
+        run.write("outcome.json", OutcomeRecord(status="failed", error=error.to_dict()))
+        return
+    done = max((s.step for s in run.steps()), default=0)
+    for step in range(done + 1, steps + 1):
+        if orders.get("stubborn") and run.attempt > 1:
+            seconds = 0.01
+        time.sleep(seconds)
+        last = step == steps
+        record = StepRecord(
+            step=step, num_steps=steps, epoch=step / steps, train_loss=2.0 / step, train_accuracy=0.5, learning_rate=1e-3,
+            grad_norm=1.0, tokens=10, supervised_tokens=5, seconds=seconds,
+            valid_loss=1.0 if last else None, valid_accuracy=0.5 if last else None,
+        )  # fmt: skip
+        run.append("metrics", [record])
+        run.progress("train", done=step, total=steps, train_loss=record.train_loss, left_s=1.0)
+    adapter = run.path("adapters", f"step-{steps:06d}")
+    adapter.mkdir(parents=True, exist_ok=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    manifest = CheckpointRecord(step=steps, files={}, train_loss=2.0 / steps, train_accuracy=0.5, valid_loss=1.0, valid_accuracy=0.5)
+    run.write(f"checkpoints/{checkpoint_name(steps, run.attempt)}/MANIFEST.json", manifest)
+    run.write("model.json", ModelRecord(base="smollm2-135m-instruct", adapter=f"adapters/step-{steps:06d}", merged=None, step=steps))
+    run.path("digest").write_text(hashlib.sha256(repr(run.steps()).encode()).hexdigest())
+    run.write("outcome.json", OutcomeRecord(status="succeeded"))
+
+
+if __name__ == "__main__":
+    main()

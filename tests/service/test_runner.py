@@ -1,0 +1,276 @@
+"""The runner against real Ray Jobs: whole runs, lost workers, fenced drivers, cancels, and its own death anywhere."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from openai import OpenAI
+from servicekit import BASE, Service, rows, service_on, wait_for
+
+from cluster import local
+from service.link import Link
+from service.results import table
+from service.runner import Runner
+from trainers.records import RunDir, StepRecord
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.LocalHead]:
+    home = tmp_path_factory.mktemp("ray")
+    head = local.start(home, num_cpus=1, path=str(Path(__file__).parents[2]))
+    yield head
+    local.stop(home)
+
+
+@pytest.fixture
+def service(tmp_path: Path, head: local.LocalHead) -> Iterator[Service]:
+    with head.client() as ray, service_on(tmp_path, Link(ray, "127.0.0.1", head.serve_port)) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Service) -> OpenAI:
+    return service.client("acme")
+
+
+@pytest.fixture
+def runner(service: Service) -> Runner:
+    return Runner(service.settings, service.store, service.link)
+
+
+def create(client: OpenAI, **orders: Any) -> str:
+    file = client.files.create(file=("train.jsonl", rows(**orders)), purpose="fine-tune").id
+    quiet = {"job": {"deploy": {"serve": False}}}
+    return client.fine_tuning.jobs.create(model=BASE, training_file=file, suffix="s", extra_body=quiet).id
+
+
+def until(runner: Runner, condition: Callable[[], Any]) -> Any:
+    """Step until the condition holds."""
+
+    def look() -> Any:
+        runner.step()
+        return condition()
+
+    return wait_for(look, 60)
+
+
+def ended(client: OpenAI, runner: Runner, job: str) -> Any:
+    def final() -> Any:
+        found = client.fine_tuning.jobs.retrieve(job)
+        return found if found.finished_at else None
+
+    found = until(runner, final)
+    runner.step()
+    return found
+
+
+def messages(client: OpenAI, job: str) -> list[str]:
+    return [e.message for e in client.fine_tuning.jobs.list_events(job, limit=100)][::-1]
+
+
+def driver_pid(service: Service, job: str, attempt: int = 1) -> int:
+    file = service.settings.runs / job / f"pid-{attempt}"
+    return int(file.read_text()) if file.exists() and file.read_text() else 0
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_job_from_start_to_finish(client: OpenAI, runner: Runner, service: Service) -> None:
+    first, second = create(client, steps=4), create(client, steps=2)
+    until(runner, lambda: client.fine_tuning.jobs.retrieve(first).status == "running")
+    waiting = client.fine_tuning.jobs.retrieve(second)
+    assert waiting.status == "queued" and waiting.to_dict()["queue_reason"] == "waiting for the job before it: 1 ahead"
+    job = ended(client, runner, first)
+    assert job.status == "succeeded" and job.error is None
+    assert job.fine_tuned_model == f"ft:{BASE}:acme:s:{first.removeprefix('ftjob-')}"
+    assert job.trained_tokens == 40
+
+    told = messages(client, first)
+    assert told[:4] == [
+        f"Created fine-tuning job: {first}",
+        "Files are there; the job is queued.",
+        "Fine-tuning job started.",
+        "Attempt 1 is at work.",
+    ]
+    assert told[-2:] == ["The job has successfully completed.", f"New fine-tuned model created: {job.fine_tuned_model}"]
+    metrics = [e for e in client.fine_tuning.jobs.list_events(first, limit=100) if e.type == "metrics"][::-1]
+    assert [e.data["step"] for e in metrics] == [1, 2, 3, 4]  # type: ignore[index]
+    assert metrics[-1].message == "Step 4/4: training loss=0.50, validation loss=1.00"
+
+    plain = client.files.content(job.result_files[1]).read().decode()
+    assert base64.b64decode(client.files.content(job.result_files[0]).read()).decode() == plain
+    assert plain.splitlines()[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert plain.splitlines()[-1] == "4,0.500000,0.500000,1.000000,0.500000"
+    assert {client.files.retrieve(f).purpose for f in job.result_files} == {"fine-tune-results"}
+
+    [checkpoint] = client.fine_tuning.jobs.checkpoints.list(first).data
+    assert checkpoint.fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-4"
+    assert checkpoint.metrics.valid_loss == 1.0 and checkpoint.metrics.train_loss == 0.5
+    names = {job.fine_tuned_model, checkpoint.fine_tuned_model_checkpoint}
+    assert {client.models.retrieve(name).id for name in names} == names
+
+    detail: Any = client.get(f"/tuneyard/jobs/{first}", cast_to=object)
+    assert detail["stage"] == "train" and detail["attempt"] == 1
+    steps: Any = client.get(f"/tuneyard/jobs/{first}/metrics", cast_to=object)
+    assert [s["step"] for s in steps["data"]] == [1, 2, 3, 4]
+    log: Any = client.get(f"/tuneyard/jobs/{first}/logs", cast_to=object)
+    assert "at work" in log["text"]
+
+    assert ended(client, runner, second).status == "succeeded"
+    before = messages(client, first)
+    for _ in range(3):
+        runner.step()
+    assert messages(client, first) == before and len(set(before)) == len(before)
+
+    assert client.models.delete(str(job.fine_tuned_model)).deleted
+    assert job.fine_tuned_model not in {m.id for m in client.models.list()}
+    assert client.fine_tuning.jobs.checkpoints.list(first).data == []
+    assert not (service.settings.runs / first / "adapters").exists()
+
+
+def test_bad_data_fails_the_job(client: OpenAI, runner: Runner) -> None:
+    empty = client.files.create(file=("nothing.jsonl", b""), purpose="fine-tune").id
+    job = ended(client, runner, client.fine_tuning.jobs.create(model=BASE, training_file=empty).id)
+    assert job.status == "failed" and job.error.param == "training_file" and job.error.code == "invalid_training_file"
+    assert job.error.message == "nothing.jsonl is empty. Upload a file with at least one example."
+    job = ended(client, runner, create(client, end="refuse"))
+    assert job.error.to_dict() == {
+        "code": "invalid_training_file",
+        "message": "train.jsonl:2 is not JSON. Mend line 2.",
+        "param": "training_file",
+    }
+    assert job.fine_tuned_model is None and job.result_files == []
+
+
+def test_a_killed_driver_is_tried_again(client: OpenAI, runner: Runner, service: Service) -> None:
+    job = create(client, steps=40, seconds=0.05)
+    pid = until(runner, lambda: driver_pid(service, job))
+    until(runner, lambda: any("Step 5/" in m for m in messages(client, job)))
+    os.kill(pid, signal.SIGKILL)
+    done = ended(client, runner, job)
+    assert done.status == "succeeded" and done.trained_tokens == 400
+    told = messages(client, job)
+    assert sum("Attempt 1 was lost" in m for m in told) == 1 and "Attempt 2 started." in told
+    warning = next(e for e in client.fine_tuning.jobs.list_events(job, limit=100) if "was lost" in e.message)
+    assert warning.level == "warn"
+
+
+def test_given_up_after_three_losses(client: OpenAI, runner: Runner) -> None:
+    done = ended(client, runner, create(client, end="crash"))
+    assert done.status == "failed" and done.error.code == "worker_lost"
+    assert "lost 4 times" in done.error.message and "out of luck" in done.error.message
+    assert sum("was lost" in m for m in messages(client, done.id)) == 3
+
+
+def test_a_replaced_driver_writes_no_more(client: OpenAI, runner: Runner, service: Service) -> None:
+    """Its supervisor dies, Ray calls it dead, it lives on: the second attempt must be the only writer."""
+    job = create(client, steps=200, seconds=0.1, stubborn=True)
+    pid = until(runner, lambda: driver_pid(service, job))
+    until(runner, lambda: any("Step 3/" in m for m in messages(client, job)))
+    supervisor = psutil.Process(pid).parent()
+    assert supervisor is not None and "JobSupervisor" in " ".join(supervisor.cmdline())
+    supervisor.kill()
+    fenced = service.settings.runs / job / "fenced-1"
+    until(runner, fenced.exists)
+    assert "replaced by attempt 2" in fenced.read_text()
+    assert ended(client, runner, job).status == "succeeded"
+    wait_for(lambda: gone(pid))
+    second = min(r.time for _, records in RunDir(service.settings.runs / job).step_segments() for r in records if r.attempt == 2)
+    first = max(r.time for _, records in RunDir(service.settings.runs / job).step_segments() for r in records if r.attempt == 1)
+    assert first < second
+
+
+def test_cancel_stops_the_driver(client: OpenAI, runner: Runner, service: Service) -> None:
+    job, after = create(client, steps=10_000), create(client, steps=1)
+    pid = until(runner, lambda: driver_pid(service, job))
+    assert client.fine_tuning.jobs.cancel(job).status == "cancelled"
+    until(runner, lambda: gone(pid))
+    assert ended(client, runner, after).status == "succeeded"  # the place is free again
+    steps = len(RunDir(service.settings.runs / job).steps())
+    time.sleep(0.3)
+    assert len(RunDir(service.settings.runs / job).steps()) == steps
+    assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
+    assert client.fine_tuning.jobs.retrieve(job).fine_tuned_model is None
+
+
+def test_only_one_of_two_runners_acts(client: OpenAI, runner: Runner, service: Service) -> None:
+    job = create(client)
+    other = Runner(service.settings, service.store, service.link, owner="other")
+    runner.step()
+    other.step()
+    assert client.fine_tuning.jobs.retrieve(job).status == "queued"
+    assert ended(client, runner, job).status == "succeeded"
+
+
+RUN_AWAY = """
+    import sys, threading
+    from pathlib import Path
+    from cluster.ray_rest import RayRest
+    from service.link import Link
+    from service.runner import Runner
+    from service.settings import Settings
+    from service.store import Store
+    home, address, token, driver = sys.argv[1:]
+    settings = Settings(home=Path(home), models=Path(home) / "models", driver=driver, poll_s=0.0, backoff_s=0.05)
+    print("up", flush=True)
+    Runner(settings, Store(settings.database_url), Link(RayRest(address, token), "127.0.0.1", 1)).run(threading.Event())
+"""
+
+
+def test_a_runner_killed_anywhere_carries_on(client: OpenAI, service: Service, head: local.LocalHead) -> None:
+    """Killed ever again while jobs start, run and end: each job runs in one attempt, and every event is there once."""
+    chance = random.Random(0)
+    jobs = [create(client, steps=20, seconds=0.02) for _ in range(2)]
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(RUN_AWAY),
+        str(service.settings.home),
+        head.address,
+        head.token(),
+        service.settings.driver,
+    ]
+
+    def all_done() -> bool:
+        return all(client.fine_tuning.jobs.retrieve(job).finished_at for job in jobs)
+
+    for kill in itertools.count():
+        assert kill < 60
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout and process.stdout.readline() == b"up\n"
+            time.sleep(chance.uniform(0.0, 0.5))
+            process.kill()
+        if all_done():
+            break
+    assert kill >= 3
+    for job in jobs:
+        found = client.fine_tuning.jobs.retrieve(job)
+        assert found.status == "succeeded" and found.trained_tokens == 200 and len(set(found.result_files)) == 2
+        told = messages(client, job)
+        assert not [m for m in told if "lost" in m] and told.count("The job has successfully completed.") == 1
+        assert [m for m in told if m.startswith("Step ")] == [f"Step {n}/20: training loss={2 / n:.2f}" for n in range(1, 20)] + [
+            "Step 20/20: training loss=0.10, validation loss=1.00"
+        ]
+
+
+def test_result_table_is_numeric() -> None:
+    step = StepRecord(
+        step=1, num_steps=1, epoch=1.0, train_loss=0.5, train_accuracy=0.25, learning_rate=1e-3, grad_norm=1.0,
+        tokens=1, supervised_tokens=1, seconds=1.0,
+    )  # fmt: skip
+    assert table([step]).splitlines()[1] == "1,0.500000,0.250000,,"
