@@ -156,9 +156,9 @@ def submit(
 
 
 @app.command("list")
-def list_jobs(home: HomeOption = None, limit: Annotated[int, typer.Option(min=1)] = 20, as_json: JsonOption = False) -> None:
+def list_jobs(home: HomeOption = None, limit: Annotated[int, typer.Option(min=1, max=1000)] = 20, as_json: JsonOption = False) -> None:
     """The newest jobs."""
-    jobs = [job.to_dict() for job in _client(home).openai.fine_tuning.jobs.list(limit=limit).data]
+    jobs = _client(home).get(f"/fine_tuning/jobs?limit={limit}")["data"]
     if as_json:
         _print_json(jobs)
         return
@@ -174,7 +174,7 @@ def list_jobs(home: HomeOption = None, limit: Annotated[int, typer.Option(min=1)
 def show(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """One job: what it is and what it does now."""
     client = _client(home)
-    wire, detail = client.openai.fine_tuning.jobs.retrieve(job).to_dict(), client.get(f"/tuneyard/jobs/{job}")
+    wire, detail = client.get(f"/fine_tuning/jobs/{job}"), client.get(f"/tuneyard/jobs/{job}")
     if as_json:
         _print_json(wire | {"tuneyard": detail})
         return
@@ -237,14 +237,14 @@ def cancel(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> 
 @app.command()
 def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Models that answer here."""
-    found = [model.to_dict() for model in _client(home).openai.models.list().data]
+    found = _client(home).get("/models")["data"]
     if as_json:
         _print_json(found)
         return
     table = Table("model", "what it is", box=None)
     for model in found:
         tuned = f"tuned from {model['base']} by {model['job_id']}" if "base" in model else "base model"
-        table.add_row(str(model["id"]), f"alias of {model['alias_of']}" if "alias_of" in model else tuned)
+        table.add_row(model["id"], f"alias of {model['alias_of']}" if "alias_of" in model else tuned)
     out.print(table)
 
 

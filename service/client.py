@@ -86,7 +86,7 @@ class Client:
         """Look at a job until it is final; the last update has the last events."""
         known: set[str] = set()
         while True:
-            job = self.openai.fine_tuning.jobs.retrieve(job_id).to_dict()
+            job = self.get(f"/fine_tuning/jobs/{job_id}")
             yield Update(job, self.events(job_id, known), self.get(f"/tuneyard/jobs/{job_id}"))
             if job["status"] in FINAL:
                 return

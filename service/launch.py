@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 from serve.deploy import deploy
-
 from service.order import LaunchOrder
 from trainers import resolve
 from trainers.catalogue import Base, find_any
