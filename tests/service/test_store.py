@@ -76,7 +76,7 @@ def test_of_many_that_end_a_job_one_wins(store: Store, job: Job) -> None:
     final = [s for s in won if s != "queued"]
     assert len(final) == 1
     events, _ = store.events(job.id, after=None, limit=100)
-    assert [e.message for e in events if e.message.startswith("now")][0] == f"now {final[0]}"
+    assert next(e.message for e in events if e.message.startswith("now")) == f"now {final[0]}"
 
 
 @pytest.mark.parametrize("status", ["succeeded", "validating_files"])
