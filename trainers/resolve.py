@@ -34,7 +34,7 @@ def schedule(spec: JobSpec, num_examples: int, place: Placement) -> JobSpec:
     """Fill in what depends on the data: `defaults` has been here, and the token store holds `num_examples` to train on."""
     batch_size, scale = int(spec.optim.batch_size), spec.scale
     num_steps = -(-num_examples * spec.optim.epochs // batch_size)
-    every = max(1, num_steps // 5) if spec.validate_.every_steps == "auto" else spec.validate_.every_steps
+    every = -(-num_steps // 5) if spec.validate_.every_steps == "auto" else spec.validate_.every_steps
     # A CPU's caches like short rows; what a longest example needs is the least that makes sense.
     tokens = max(1024, spec.model.max_length) if scale.tokens_per_microbatch == "auto" else scale.tokens_per_microbatch
     return spec.model_copy(
