@@ -1,0 +1,177 @@
+"""The gateway: what it asks of the serving app, how it streams, waits and gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from servicekit import BASE, Service, service_on, serving, wait_for
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from cluster.local import free_ports
+from cluster.ray_rest import RayRest
+from service.link import Link
+from trainers.records import ModelRecord, RunDir
+
+HI: Any = [{"role": "user", "content": "hi"}]
+
+
+class Upstream:
+    """In the place of Ray Serve with one app: keeps what it was asked, and answers as it is told."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[dict[str, str], dict[str, Any]]] = []
+        self.answer = ""
+        self.closed = threading.Event()
+
+    def app(self) -> Starlette:
+        return Starlette(routes=[Route(f"/{BASE}/v1/chat/completions", self.chat, methods=["POST"])])
+
+    async def chat(self, request: Request) -> Response:
+        body = await request.json()
+        self.asked.append((dict(request.headers), body))
+        if self.answer == "refuse":
+            return JSONResponse({"error": {"message": "no", "type": "invalid_request_error", "param": "stop", "code": "x"}}, 400)
+        if self.answer == "starting":
+            self.answer = ""
+            return PlainTextResponse("Path not found", 404)
+        if self.answer == "break":
+            return PlainTextResponse("Internal Server Error", 500)
+        if self.answer == "think":
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.05)
+            self.closed.set()
+        if body.get("stream"):
+            return StreamingResponse(self.stream(body), media_type="text/event-stream")
+        message = {"role": "assistant", "content": "hello"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        return JSONResponse(
+            {"id": "c", "object": "chat.completion", "created": 1, "model": request.headers["x-tuneyard-model"], "choices": [choice]}
+        )
+
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
+        try:
+            for n in range(1000 if self.answer == "endless" else 3):
+                delta = {"index": 0, "delta": {"content": f"{n} "}, "finish_reason": None}
+                chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": body["model"], "choices": [delta]}
+                yield f"data: {json.dumps(chunk)}\n\n"
+                await asyncio.sleep(0.2)
+            yield "data: [DONE]\n\n"
+        finally:
+            self.closed.set()
+
+
+@pytest.fixture
+def upstream() -> Upstream:
+    return Upstream()
+
+
+@pytest.fixture
+def service(tmp_path: Path, upstream: Upstream) -> Iterator[Service]:
+    with serving(upstream.app()) as port, service_on(tmp_path, Link(RayRest("http://127.0.0.1:9"), "127.0.0.1", port)) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Service) -> OpenAI:
+    return service.client("acme")
+
+
+def succeeded(service: Service, client: OpenAI) -> tuple[str, Path]:
+    """A tuned model's name, and its adapter's folder."""
+    file = client.files.create(file=("a.jsonl", b"{}\n"), purpose="fine-tune").id
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file)
+    for status in ("queued", "running", "succeeded"):
+        service.store.move(job.id, status, "")
+    run = RunDir(service.settings.runs / job.id, 1, "driver")
+    run.write("model.json", ModelRecord(base=BASE, adapter="adapters/step-000003", merged=None, step=3))
+    return str(client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model), run.path("adapters", "step-000003")
+
+
+@pytest.mark.parametrize("name", [BASE, "gpt-4o-mini"])
+def test_a_base_answers(service: Service, client: OpenAI, upstream: Upstream, name: str) -> None:
+    answer = client.chat.completions.create(model=name, messages=HI, temperature=0.5)
+    assert answer.choices[0].message.content == "hello" and answer.model == name
+    headers, body = upstream.asked[0]
+    assert headers["authorization"] == "Bearer " + service.settings.serve_token_file.read_text()
+    assert (headers["x-tuneyard-model"], headers["x-tuneyard-adapter"]) == (name, "")
+    assert body == {"model": name, "messages": HI, "temperature": 0.5}
+    assert [row.base for row in service.store.demand()] == [BASE]
+
+
+def test_a_tuned_model_answers_with_its_adapter(service: Service, client: OpenAI, upstream: Upstream) -> None:
+    name, adapter = succeeded(service, client)
+    client.chat.completions.create(model=name, messages=HI)
+    assert (upstream.asked[0][0]["x-tuneyard-model"], upstream.asked[0][0]["x-tuneyard-adapter"]) == (name, str(adapter))
+    for wrong in (f"{name}x", f"{name}:ckpt-step-9", f"{name}:ckpt-step-3/../../x"):
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model=wrong, messages=HI)
+    client.models.delete(name)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=name, messages=HI)
+
+
+def test_a_stream_comes_piece_by_piece(client: OpenAI) -> None:
+    times, text = [], ""
+    for chunk in client.chat.completions.create(model=BASE, messages=HI, stream=True):
+        times.append(time.monotonic())
+        text += chunk.choices[0].delta.content or ""
+    assert text == "0 1 2 " and times[-1] - times[0] > 0.3
+
+
+@pytest.mark.parametrize("how", ["endless", "think"])
+def test_who_leaves_frees_the_model(service: Service, upstream: Upstream, how: str) -> None:
+    upstream.answer = how
+    client = service.client("acme", timeout=1.0)
+    if how == "endless":
+        stream = client.chat.completions.create(model=BASE, messages=HI, stream=True)
+        next(iter(stream))
+        stream.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.chat.completions.create(model=BASE, messages=HI)
+    wait_for(upstream.closed.is_set, 5)
+
+
+def test_the_apps_refusal_is_passed_on(client: OpenAI, upstream: Upstream) -> None:
+    upstream.answer = "refuse"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=BASE, messages=HI)
+    assert caught.value.param == "stop" and caught.value.request_id
+
+
+def test_a_model_that_is_being_loaded_is_waited_for(client: OpenAI, upstream: Upstream) -> None:
+    upstream.answer = "starting"
+    assert client.chat.completions.create(model=BASE, messages=HI).choices[0].message.content == "hello"
+    assert len(upstream.asked) == 2
+
+
+def test_an_app_that_breaks_is_asked_once(client: OpenAI, upstream: Upstream) -> None:
+    upstream.answer = "break"
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model=BASE, messages=HI)
+    assert caught.value.code == "serving_failed" and len(upstream.asked) == 1
+
+
+def test_a_model_that_never_comes(service: Service, client: OpenAI) -> None:
+    service.link.serve_port = free_ports(1)[0]
+    began = time.monotonic()
+    with httpx.Client(headers={"authorization": f"Bearer {service.key('acme')}"}) as http:
+        answer = http.post(f"{service.base_url}/chat/completions", json={"model": BASE, "messages": HI})
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+    assert answer.json()["error"]["code"] == "unavailable" and 0.9 < time.monotonic() - began < 5
+    service.store.note_app(BASE, "DEPLOY_FAILED", "out of memory")
+    with pytest.raises(openai.InternalServerError, match="out of memory"):
+        client.chat.completions.create(model=BASE, messages=HI)
