@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,8 +99,11 @@ def up(
     """Start the service: API, runner and, unless --ray-address is given, a local Ray."""
     from service.up import up as run
 
-    settings = Settings.load(home=home, host=host, port=port, ray_address=ray_address)
-    run(settings, lambda line: print(line, flush=True))
+    def say(line: str) -> None:
+        with suppress(OSError):  # the terminal may be gone; stopping in order must not fail over it
+            print(line, flush=True)
+
+    run(Settings.load(home=home, host=host, port=port, ray_address=ray_address), say)
 
 
 @app.command()

@@ -211,6 +211,15 @@ def test_cancel_stops_the_driver(client: OpenAI, runner: Runner, service: Servic
     assert client.fine_tuning.jobs.retrieve(job).fine_tuned_model is None
 
 
+def test_a_pause_is_no_loss(client: OpenAI, runner: Runner, service: Service) -> None:
+    job = create(client, steps=40, seconds=0.05)
+    pid = until(runner, lambda: driver_pid(service, job))
+    runner.pause()
+    assert client.fine_tuning.jobs.retrieve(job).status == "queued" and gone(pid)
+    assert ended(client, runner, job).status == "succeeded"
+    assert "Attempt 2 started." in messages(client, job) and not [m for m in messages(client, job) if "lost" in m]
+
+
 def test_only_one_of_two_runners_acts(client: OpenAI, runner: Runner, service: Service) -> None:
     job = create(client)
     other = Runner(service.settings, service.store, service.link, owner="other")
