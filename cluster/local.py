@@ -53,7 +53,7 @@ class LocalHead:
 
     def alive(self) -> bool:
         """Both daemons that nothing works without are there."""
-        names = [" ".join(command) for command in _commands(self.members())]
+        names = [" ".join(command) for command in _commands(self._in_session())]
         return all(any(daemon in name and self.temp_dir in name for name in names) for daemon in ("gcs_server", "raylet"))
 
     def stop(self) -> None:
@@ -69,28 +69,27 @@ class LocalHead:
 
     def members(self) -> list[psutil.Process]:
         """Processes of this head: of its session, with its marker, or children of such."""
-        same_session, marked = [], []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, ProcessLookupError):
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    continue
-                if os.getsid(process.pid) == self.session:
-                    same_session.append(process)
-                elif process.environ().get(MARKER) == self.marker:
-                    marked.append(process)
+        ours = self._in_session()
         # After a reboot the number may be another's session; ours names our folder in some command line.
-        if not any(self.temp_dir in " ".join(command) for command in _commands(same_session)):
-            same_session = [p for p in same_session if self._is_marked(p)]
-        members = {p.pid: p for p in same_session + marked}
-        for process in list(members.values()):
+        if not any(self.temp_dir in " ".join(command) for command in _commands(ours)):
+            ours = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARKER) == self.marker:
+                    ours.append(process)
+        members = {p.pid: p for p in ours}
+        for process in ours:
             with suppress(psutil.Error):
                 members.update({child.pid: child for child in process.children(recursive=True)})
         return list(members.values())
 
-    def _is_marked(self, process: psutil.Process) -> bool:
-        with suppress(psutil.Error):
-            return process.environ().get(MARKER) == self.marker
-        return False
+    def _in_session(self) -> list[psutil.Process]:
+        found = []
+        for pid in psutil.pids():
+            with suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(pid) == self.session and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
 
 def find(home: Path) -> LocalHead | None:

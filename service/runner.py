@@ -50,6 +50,7 @@ class Runner:
         self.limits = Limits(backoff_s=settings.backoff_s)
         self._deployed: dict[str, dict] | None = None
         self._deployed_at = 0.0
+        self._serve_after = 0.0
         self._purged_at = 0.0
 
     def run(self, stop: threading.Event) -> None:
@@ -66,13 +67,15 @@ class Runner:
         if not self.store.hold_lease(self.owner, LEASE_S):
             return
         cluster = self._cluster_answers()
-        seen = []
-        for job in self.store.open_jobs():
-            self._guard(f"reading the run directory of {job.id}", lambda job=job: self._ingest(job))
-            seen.append(self._observe(job, cluster))
+        jobs = {job.id: job for job in self.store.open_jobs()}
+        for job in jobs.values():
+            if job.attempt:
+                self._guard(f"reading the run directory of {job.id}", lambda job=job: self._ingest(job))
+        seen = [self._observe(job, cluster) for job in jobs.values()]
         for action in policy.decide(seen, cluster, time.time(), self.limits):
-            self._guard(f"{type(action).__name__} {action.job}", lambda action=action: self._act(action))
-        if cluster:
+            self._guard(f"{type(action).__name__} {action.job}", lambda action=action: self._act(action, jobs[action.job]))
+        if cluster and time.time() >= self._serve_after:
+            self._serve_after = time.time() + REDEPLOY_S  # holds if it fails: fetching and deploying cost too much to repeat at once
             self._guard("serving", self._serve)
         if time.time() - self._purged_at > PURGE_S:
             self._guard("purging files", self._purge)
@@ -198,8 +201,8 @@ class Runner:
 
     # -- act ---------------------------------------------------------------------------------------------------------
 
-    def _act(self, action: policy.Action) -> None:
-        job = next(j for j in self.store.open_jobs() if j.id == action.job)
+    def _act(self, action: policy.Action, job: Job) -> None:
+        """Carry out one action. `job` is as it was seen: its status may have changed since, which `Store.move` finds out."""
         match action:
             case policy.CheckFiles():
                 self._check_files(job)
@@ -314,8 +317,7 @@ class Runner:
         """Base models whose app should run: a job needs it, a tuned model stands on it, or a chat request asked lately."""
         bases = {row.base for row in self.store.demand(time.time() - DEMAND_S)}
         for job in self.store.open_jobs():
-            spec = JobSpec.parse(job.spec)
-            if job.status not in FINAL and (spec.deploy.serve or spec.evaluate.tasks):
+            if job.status not in FINAL and (job.spec["deploy"]["serve"] or job.spec["evaluate"]["tasks"]):
                 bases.add(job.base)
         bases |= {job.base for job in self.store.tuned() if job.spec["deploy"]["serve"]}
         return sorted(bases)
@@ -328,15 +330,17 @@ class Runner:
         for id in self._wanted():
             folder = ensure(find(id), self.settings.models)
             wanted[id] = application(id, folder, self.settings.serve_token_file)
-        observed = self.link.ray.applications() if wanted or self._deployed else {}
-        for id in wanted:
+        observed = self.link.ray.applications() if wanted or self._deployed != {} else {}
+        for id in {*wanted, *(row.base for row in self.store.demand())}:
             app = observed.get(id, {})
             self.store.note_app(id, str(app.get("status", "")), str(app.get("message", ""))[:500])
         failed = any(observed.get(id, {}).get("status") == "DEPLOY_FAILED" for id in wanted)
         again = failed and time.time() - self._deployed_at > REDEPLOY_S
         if set(observed) != set(wanted) or (wanted and wanted != self._deployed) or again:
             self.link.ray.deploy(list(wanted.values()), self.link.serve_host, self.link.serve_port)
-            self._deployed, self._deployed_at = wanted, time.time()
+            self._deployed_at = time.time()
+        self._deployed = wanted
+        self._serve_after = 0.0
 
     def _purge(self) -> None:
         for file in self.store.expired_files():

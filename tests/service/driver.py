@@ -25,9 +25,12 @@ def main() -> None:
     spec = JobSpec.parse(json.loads(run.path("spec.json").read_text()))
     with Path(spec.data.train[0].path).open() as file:
         orders = json.loads(file.readline())
-    run.path(f"pid-{args.attempt}").write_text(str(os.getpid()))
     if orders.get("stubborn") and args.attempt == 1:
-        os.setsid()  # outlives its supervisor
+        if child := os.fork():
+            os.waitpid(child, 0)
+            return
+        os.setsid()  # the one that works outlives its supervisor
+    run.path(f"pid-{args.attempt}").write_text(str(os.getpid()))
     try:
         work(run, orders)
     except Fenced as fenced:
