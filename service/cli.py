@@ -28,8 +28,8 @@ app = typer.Typer(
 keys = typer.Typer(no_args_is_help=True, help="API keys (needs access to the home).")
 app.add_typer(keys, name="keys")
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 HomeOption = Annotated[Path | None, typer.Option(help="The service's folder; by default TUNEYARD_HOME or ~/.tuneyard.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -166,7 +166,9 @@ def list_jobs(home: HomeOption = None, limit: Annotated[int, typer.Option(min=1,
     if as_json:
         _print_json(jobs)
         return
-    table = Table("job", "status", "base", "created", "model", box=None)
+    table = Table(box=None)
+    for name in ("job", "status", "base", "created", "model"):
+        table.add_column(name, overflow="fold")  # an id must be whole to be of use
     for job in jobs:
         table.add_row(
             job["id"], job["status"], job["model"], _when(job["created_at"]), job["fine_tuned_model"] or job["queue_reason"] or ""
@@ -245,7 +247,9 @@ def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(found)
         return
-    table = Table("model", "what it is", box=None)
+    table = Table(box=None)
+    for name in ("model", "what it is"):
+        table.add_column(name, overflow="fold")
     for model in found:
         tuned = f"tuned from {model['base']} by {model['job_id']}" if "base" in model else "base model"
         table.add_row(model["id"], f"alias of {model['alias_of']}" if "alias_of" in model else tuned)
@@ -305,7 +309,7 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
                     if event["type"] == "message":
                         _print_event(event, as_json)
                 _show(progress, bar, update)
-        out.print(f"{job['status']}: {_plain((job['error'] or {}).get('message') or job['fine_tuned_model'] or '')}")
+        out.print(f"{job['status']}: {_plain((job['error'] or {}).get('message') or job['fine_tuned_model'] or '')}", soft_wrap=True)
     if job["status"] != "succeeded":
         raise typer.Exit(1)
 
@@ -324,7 +328,9 @@ def _print_event(event: Json, as_json: bool) -> None:
         sys.stdout.write(json.dumps(event) + "\n")
         return
     style = {"warn": "yellow", "error": "red"}.get(event["level"], "none")
-    out.print(f"{time.strftime('%H:%M:%S', time.localtime(event['created_at']))}  [{style}]{_plain(event['message'])}[/{style}]")
+    out.print(
+        f"{time.strftime('%H:%M:%S', time.localtime(event['created_at']))}  [{style}]{_plain(event['message'])}[/{style}]", soft_wrap=True
+    )
 
 
 def _when(seconds: int | None) -> str:

@@ -67,18 +67,25 @@ class Runner:
         if not self.store.hold_lease(self.owner, LEASE_S):
             return
         cluster = self._cluster_answers()
-        jobs = {job.id: job for job in self.store.open_jobs()}
-        for job in jobs.values():
-            if job.attempt:
-                self._guard(f"reading the run directory of {job.id}", lambda job=job: self._ingest(job))
-        seen = [self._observe(job, cluster) for job in jobs.values()]
-        for action in policy.decide(seen, cluster, time.time(), self.limits):
-            self._guard(f"{type(action).__name__} {action.job}", lambda action=action: self._act(action, jobs[action.job]))
+        if any(isinstance(action, policy.CheckFiles) for action in self._advance(cluster)):
+            self._advance(cluster)  # a job that was just queued may start at once: serving, below, can take seconds
         if cluster and time.time() >= self._serve_after:
             self._serve_after = time.time() + REDEPLOY_S  # holds if it fails: fetching and deploying cost too much to repeat at once
             self._guard("serving", self._serve)
         if time.time() - self._purged_at > PURGE_S:
             self._guard("purging files", self._purge)
+
+    def _advance(self, cluster: bool) -> list[policy.Action]:
+        """Move every job as far as it can go now; what was done."""
+        jobs = {job.id: job for job in self.store.open_jobs()}
+        for job in jobs.values():
+            if job.attempt:
+                self._guard(f"reading the run directory of {job.id}", lambda job=job: self._ingest(job))
+        seen = [self._observe(job, cluster) for job in jobs.values()]
+        actions = policy.decide(seen, cluster, time.time(), self.limits)
+        for action in actions:
+            self._guard(f"{type(action).__name__} {action.job}", lambda action=action: self._act(action, jobs[action.job]))
+        return actions
 
     def pause(self) -> None:
         """The local cluster is about to stop: queue running jobs for a new attempt, which is no loss of theirs."""
