@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import mmap
 import os
 import threading
 from collections import deque
@@ -20,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -55,15 +56,14 @@ class SlotCache:
         self.num_slots, self.capacity = 8, 256
         self.keys_LSKCD, self.values_LSKCD = self._zeros(), self._zeros()
 
-    def reserve(self, num_slots: int, capacity: int) -> None:
-        """Make room for this many slots of this many tokens; what is there stays."""
+    def reserve(self, num_slots: int, capacity: int, used_slots: int, used_length: int) -> None:
+        """Make room for this many slots of this many tokens; the first `used_length` tokens of the first `used_slots` slots stay."""
         if num_slots <= self.num_slots and capacity <= self.capacity:
             return
-        old_slots, old_capacity = self.num_slots, self.capacity
-        self.num_slots, self.capacity = doubled(old_slots, num_slots), doubled(old_capacity, capacity)
+        self.num_slots, self.capacity = doubled(self.num_slots, num_slots), doubled(self.capacity, capacity)
         for name in ("keys_LSKCD", "values_LSKCD"):
-            grown = self._zeros()
-            grown[:, :old_slots, :, :old_capacity] = getattr(self, name)
+            grown, used = self._zeros(), (slice(None), slice(used_slots), slice(None), slice(used_length))
+            grown[used] = getattr(self, name)[used]
             setattr(self, name, grown)
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -72,11 +72,13 @@ class SlotCache:
             cache[:, target, :, :length] = cache[:, source, :, :length]
 
     def _zeros(self) -> torch.Tensor:
-        # Zeros, because attention reads (and masks) what lies behind a row's end, and 0 * NaN is NaN. From numpy, because
-        # its zeros are pages that cost no memory until they are written: a slot may be far wider than its row.
+        # Zeros, because attention reads (and masks) what lies behind a row's end, and 0 * NaN is NaN. Small pages straight from
+        # the system cost no memory until they are written: a slot may be far wider than its row.
         num_layers, num_heads, head_dim = self._shape
         shape = (num_layers, self.num_slots, num_heads, self.capacity, head_dim)
-        return torch.from_numpy(np.zeros(int(np.prod(shape)) * self._dtype.itemsize, dtype=np.uint8)).view(self._dtype).view(shape)
+        pages = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(pages, dtype=self._dtype).view(shape)
 
 
 def doubled(now: int, needed: int) -> int:
@@ -294,7 +296,8 @@ class TransformersEngine:
             positions += range(row.length, row.length + length)
             owners += [row.adapter] * length
             last_at.append(len(ids) - 1)
-        self._cache.reserve(len(decoding) + len(pieces), 1 + max(positions))
+        rows = decoding + self._prefilling
+        self._cache.reserve(len(rows), 1 + max(positions), sum(row.length > 0 for row in rows), max(row.length for row in rows))
         self._mix.choose(owners)
         logits = self._forward(ids, positions, len(decoding), segments, last_at)
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -17,7 +18,7 @@ from trainers.chat import Chat
 from trainers.errors import Unavailable
 from trainers.records import DeployRecord, ModelRecord, RunDir
 
-MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
 
 
 def client(served, adapter: str = "", **options) -> openai.OpenAI:
