@@ -166,16 +166,17 @@ class Mix:
 
     def choose(self, adapters_T: list[Adapter | None]) -> None:
         """Set the batch: one adapter (or none) for each token."""
-        present = tuple(sorted({a for a in adapters_T if a is not None}, key=id))
+        present = {a for a in adapters_T if a is not None}
         if not present:
-            self.mask_TR = None  # the stack stays: the next batch often brings the same adapters back
+            self.mask_TR = None
             return
-        dtype = next(iter(present[0].weights.values()))[0].dtype
-        if present != self.adapters:
-            self.adapters = present
-            self.stacked = dict(stack(present))
-        owner_R = torch.tensor([i for i, a in enumerate(present) for _ in range(a.rank)])
-        owner_T = torch.tensor([present.index(a) if a is not None else -1 for a in adapters_T])
+        if not present <= set(self.adapters):  # a stack with more than is needed is kept: stacking costs more than a few idle ranks
+            self.adapters = tuple(present)
+            self.stacked = dict(stack(self.adapters))
+        dtype = next(iter(self.stacked.values()))[0].dtype
+        place = {a: i for i, a in enumerate(self.adapters)}
+        owner_R = torch.tensor([i for a, i in place.items() for _ in range(a.rank)])
+        owner_T = torch.tensor([place[a] if a is not None else -1 for a in adapters_T])
         self.mask_TR = (owner_T[:, None] == owner_R[None, :]).to(dtype)
 
     def clear(self) -> None:
