@@ -6,7 +6,7 @@ The same seed gives the same bytes. The rules of the task:
 
 - create   {"action", "title", "priority", "due", "person"}: all keys, always; without a word on priority it is "medium", the rest is null
 - complete {"action", "task"}: a task is named by its title, or by "#" and its number
-- list     {"action", "status"} and the filters that were said ("priority", "due", "person"); without a word on status it is "open"
+- list     {"action", "status", "priority", "due", "person"}: all keys, always; without a word on status it is "open", the rest is null
 - update   {"action", "task"} and what changes: "title", "priority", "due" (null when the date is removed), "person"
 - delete   {"action", "task"}
 
@@ -25,9 +25,9 @@ from typing import Any
 from examples.task_api.wording import DAYS, HIGH, LOW, MEDIUM, TEST, THINGS, TRAIN, Wording
 
 SEED = 7
-SYSTEM = "Turn the request into one task command as JSON."
+SYSTEM = "Turn the request into one JSON command."
 # How many examples of each action; create and update have the most fields, so they get the most.
-TRAIN_COUNTS = {"create": 320, "complete": 120, "list": 160, "update": 240, "delete": 120}
+TRAIN_COUNTS = {"create": 430, "complete": 130, "list": 200, "update": 380, "delete": 160}
 TEST_COUNTS = {"create": 52, "complete": 20, "list": 28, "update": 40, "delete": 20}
 
 # Slot in a sentence -> the key of the command that it speaks of.
@@ -67,7 +67,7 @@ class Writer:
     def list_(self) -> tuple[str, dict[str, Any]]:
         status = self.rng.choice(["open", "open", "open", "done", "all"])
         frame = self.rng.choice(self.words.list_[status])
-        said: dict[str, Any] = {"status": status}
+        said: dict[str, Any] = {"status": status, "priority": None, "due": None, "person": None}
         clause = self.rng.choice(self.words.list_filters)
         tail = clause if self.rng.random() < 0.6 and not keys_in(frame) & keys_in(clause) else ""
         return self.fill(frame.replace("{tail}", tail), said), said
@@ -100,7 +100,7 @@ class Writer:
         while True:
             kind = self.rng.choice(self.words.titles)
             parts = [self.rng.choice(kind.verbs), self.rng.choice(kind.things)]
-            if self.rng.random() < 0.3:
+            if self.rng.random() < 0.4:
                 parts.append(self.rng.choice(kind.ends))
             title = " ".join(parts)
             if self.new(title):

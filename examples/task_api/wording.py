@@ -11,7 +11,7 @@ DAYS = ["today", "tomorrow", *WEEKDAYS, "next week", "next month", *(f"next {day
 
 HIGH = ["urgent", "high priority", "important", "critical", "top priority"]
 LOW = ["low priority", "minor", "not urgent", "unimportant"]
-THINGS = ["task", "task", "todo", "item", "ticket"]
+THINGS = ["task", "task", "todo", "chore", "ticket"]
 """Words for a task: {thing}."""
 
 MEDIUM = ["medium priority", "normal priority", "medium"]
@@ -62,40 +62,83 @@ class Wording:
 TRAIN = Wording(
     titles=[
         Titles(
-            split("write|review|print|sign|send|translate|archive|proofread|finish|update|hand in|scan|go over"),
+            split(
+                """write|review|print|sign|send|translate|archive|proofread|finish|update|hand in|scan|go over|jot down|correct
+                |copy|laminate|withdraw|email|staple|read out|annotate|index|sort|digitise|post|redact|summarise|fax|bind
+                |transcribe|recheck|number|countersign|put away|cut down"""
+            ),
             split(
                 """quarterly report|the blog post|cover letter|rental contract|tax return|meeting minutes|the user manual
                 |price list|expense form|job advert|budget sheet|safety checklist|vendor quotes|staff survey|guest list
-                |the press release|lease extension|travel policy"""
+                |the press release|lease extension|travel policy|a poem|visa papers|invoice 88|the org chart|quiz questions
+                |warranty card|recipe book pages|three postcards|a love letter|witness statement|floor plan|the glossary
+                |old diaries|sheet music|delivery note|seating plan|adoption forms|the birth certificate|bank statements
+                |lecture slides|a eulogy|menu cards|fishing licence|the bylaws|customs declaration|medical history|phone list"""
             ),
-            split("to accounting|with legal|from the supplier|about the refund|in two languages"),
+            split(
+                """to accounting|with legal|from the supplier|about the refund|in two languages|on thick paper|of the sales team
+                |to all branches|as a single page|under a pen name|without the appendix|after the review round|in large print
+                |on both sides|with a red pen"""
+            ),
         ),
         Titles(
-            split("buy|order|repair|clean|replace|pick up|wash|measure|return|sell|paint|look for|pack"),
+            split(
+                """buy|order|repair|clean|replace|pick up|wash|measure|return|sell|paint|look for|pack|sharpen|hang up|label|charge
+                |hide|glue|dust|oil|varnish|iron|mend|carry|photograph|weigh|rent|store|drill|wrap|empty|assemble|lubricate|knit
+                |wax|bury|rinse|lend|melt"""
+            ),
             split(
                 """the kitchen tap|printer paper|winter jackets|the garden fence|light bulbs|bike chain|water filter|new laptop
                 |camera lens|roof rack|tent poles|the broken chair|coffee beans|school uniform|chess set|cat food
-                |the north window|two spare keys|a blue sofa"""
+                |the north window|two spare keys|a blue sofa|candles|the lawn mower|ceramic tiles|a bookshelf|grandpa's watch
+                |ski boots|the rusty gate|wicker hamper|a hammock|copper wire|red curtains|fishing rods|the piano stool|yoga mats
+                |brass rings|tin cans|an umbrella|the hamster cage|cherry jam|leather gloves|paddle boards|soup bowls
+                |a telescope|the doormat|garlic bulbs|lamp shades|the sewing machine"""
             ),
-            split("in the cellar|at the station|on the second floor|from grandma|in the office"),
+            split(
+                """in the cellar|at the station|on the second floor|from grandma|in the office|next to the sink|as a gift
+                |of the twins|with a discount|into the shed|inside the van|during the break|by hand|above the stove
+                |with warm soap|between the shelves"""
+            ),
         ),
         Titles(
-            split("book|plan|prepare|schedule|cancel|confirm|set up|move|announce"),
+            split(
+                """book|plan|prepare|schedule|cancel|confirm|set up|move|announce|organise|attend|open|lead|film|skip|visit|sponsor
+                |join|advertise|cater|record|swap|sign up for|coach|judge|invite people to|decorate|broadcast|register for|budget"""
+            ),
             split(
                 """dentist visit|team lunch|the summer trip|piano lesson|flu shot|birthday dinner|the budget round|job interview
                 |parents evening|the beta test|a chess evening|yearly health check|kickoff call|the fire drill|garage sale
-                |weekend in Rome|choir practice"""
+                |weekend in Rome|choir practice|yoga class|the bike race|house viewing|a barbecue|science fair|blood donation
+                |karate tournament|the town hall|poetry slam|a baby shower|surf course|harvest festival|the board retreat
+                |film premiere|eye check|swim meet|whisky tasting|sprint planning|the eclipse watch|pottery workshop|ghost walk
+                |a treasure hunt|first aid training"""
             ),
-            split("with the landlord|at the bank|on the roof terrace|near the airport|with both teams"),
+            split(
+                """with the landlord|at the bank|on the roof terrace|near the airport|with both teams|in the old town|as a surprise
+                |after the holidays|without guests|of the club|along the coast|to the mountains|in costume|at short notice
+                |with live music|around noon"""
+            ),
         ),
         Titles(
-            split("fix|deploy|test|debug|upgrade|look into|back up|restart|rewrite|document|profile|sort out"),
+            split(
+                """fix|deploy|test|debug|upgrade|look into|back up|restart|rewrite|document|profile|sort out|monitor|merge
+                |roll back|disable|migrate|compile|reindex|throttle|localise|simplify|mirror|lint|containerise|speed up|harden
+                |trace|mock|unblock|rename|scale"""
+            ),
             split(
                 """the login page|server logs|payment gateway|backup job|the pull request|the search index|mobile app|mail server
                 |the nightly build|image cache|user database|the old firewall|price import|rate limiter|the signup form
-                |error alerts"""
+                |error alerts|feature flags|the load balancer|password reset|spam filter|checkout flow|the cron jobs|dark mode
+                |a flaky test|session cookies|invoice export|the map view|push messages|geo lookup|language picker|data vault
+                |the release script|webhooks|retry queue|GPU drivers|avatar upload|the type checker|metrics dashboard
+                |tenant quotas|two stale branches"""
             ),
-            split("on the website|in staging|after the outage|on node three"),
+            split(
+                """on the website|in staging|after the outage|on node three|from scratch|of the partner shop|as root
+                |behind the proxy|with fewer queries|into the cloud|without restarts|through the tunnel|on old phones
+                |in the sandbox|over IPv6|with Rust"""
+            ),
         ),
     ],
     names=split(
@@ -115,7 +158,29 @@ TRAIN = Wording(
     ],
     numbers=range(10, 20),
     ids=range(2, 500),
-    openers=["", "", "", "", "please ", "Please ", "can you ", "Could you ", "hey, ", "now ", "pls "],
+    openers=[
+        "",
+        "",
+        "",
+        "",
+        "please ",
+        "Please ",
+        "can you ",
+        "Could you ",
+        "hey, ",
+        "well, ",
+        "right, ",
+        "and ",
+        "good morning, ",
+        "now ",
+        "pls ",
+        "would you please ",
+        "so, ",
+        "hello, can you ",
+        "I want you to ",
+        "go and ",
+        "you should ",
+    ],
     ref_id=["#{id}", "#{id}", "{thing} {id}", "{thing} #{id}", "number {id}", "no. {id}", "the {thing} #{id}", "{thing} number {id}"],
     ref_title=[
         "{title}",
@@ -143,6 +208,8 @@ TRAIN = Wording(
         "{do}create a {thing} to {title}{tail}",
         '{do}create "{title}"{tail}',
         "{do}put {title} on the list{tail}",
+        "{do}put {title} on our list{tail}",
+        "{do}put the {thing} {title} on the list{tail}",
         "{do}put this on my list: {title}{tail}",
         "{do}note down: {title}{tail}",
         "{do}note that I should {title}{tail}",
@@ -154,6 +221,9 @@ TRAIN = Wording(
         "I really should {title}{tail}",
         "I want to {title}{tail}",
         "I plan to {title}{tail}",
+        "I would love to {title}{tail}",
+        "I must remember to {title}{tail}",
+        "I may not forget to {title}{tail}",
         "{do}make a new {thing} called {title}{tail}",
         "{do}make {title} a new {thing}{tail}",
         "Let's {title}{tail}",
@@ -181,6 +251,9 @@ TRAIN = Wording(
         "{do}remind {person} to {title}{tail}",
         "new {thing} for {person}: {title}{tail}",
         "{do}have {person} {title}{tail}",
+        "{do}let {person} {title}{tail}",
+        "something {high} for the list: {title}{tail}",
+        "there is something {low}: {title}{tail}",
         "{do}add a {thing} for {person}: {title}{tail}",
     ],
     complete=[
@@ -203,6 +276,9 @@ TRAIN = Wording(
         "{do}tick off {ref}",
         "{do}tick {ref}",
         "{do}check off {ref}",
+        "{do}cross off {ref}, it is done",
+        "{ref} has been finished",
+        "{ref} was completed",
         "we completed {ref} today",
         "I just completed {ref}",
         "{do}set {ref} to done",
@@ -237,6 +313,12 @@ TRAIN = Wording(
             "{do}show {high} {thing}s{tail}",
             "{do}list everything {high}{tail}",
             "what is {high}{tail}?",
+            "what is {low}{tail}?",
+            "are there {high} {thing}s{tail}?",
+            "which of my {thing}s are {low}{tail}?",
+            "which of the {thing}s are {high}{tail}?",
+            "{do}list all {high} {thing}s{tail}",
+            "{do}show me all that is {low}{tail}",
             "which {low} {thing}s are there{tail}?",
             "{do}list {low} {thing}s{tail}",
             "What does {person} have to do{tail}?",
@@ -288,6 +370,10 @@ TRAIN = Wording(
         "the priority of {ref} is {low}",
         "{do}change the priority of {ref} to {medium}",
         "{do}make {ref} {medium}",
+        "{ref} has {medium} only",
+        "{do}mark {ref} as {medium}",
+        "{do}change {ref} to {medium}",
+        "the priority of {ref} is {medium}",
         "{ref} is {medium} now",
         "{do}move {ref} to {due}",
         "{do}postpone {ref} to {due}",
@@ -303,6 +389,10 @@ TRAIN = Wording(
         "{do}remove the due date of {ref}{undue}",
         "{do}remove the deadline from {ref}{undue}",
         "{ref} has no deadline{undue}",
+        "{do}drop the deadline of {ref}{undue}",
+        "{do}delete the due date of {ref}{undue}",
+        "{ref} needs no due date{undue}",
+        "{do}take the due date off {ref}{undue}",
         "{ref} has no due date any more{undue}",
         "{do}clear the due date of {ref}{undue}",
         "{do}assign {ref} to {person}",
@@ -324,6 +414,19 @@ TRAIN = Wording(
         "{do}make {ref} {high} and give it to {person}",
         "{ref} is {low} now, move it to {due}",
         "{do}give {ref} to {person} and move it to {due}",
+        "{do}move {ref} to {due} and give it to {person}",
+        "{do}reschedule {ref} for {due} and hand it to {person}",
+        "{do}set {ref} to {low} and move it to {due}",
+        "{person} takes over {ref}, due {due}",
+        "{ref} is due {due} and {high}",
+        "{ref} goes to {person} and is {high} now",
+        '{do}rename {ref} to "{new}" and assign it to {person}',
+        "{person} will do {ref}",
+        "{person} will be responsible for {ref}",
+        "{do}change the deadline of {ref} to {due}",
+        "the deadline of {ref} is now {due}",
+        "{do}transfer {ref} to {person}",
+        "{ref} must be {high}",
     ],
     delete=[
         "{do}delete {ref}",
@@ -333,8 +436,8 @@ TRAIN = Wording(
         "{do}get rid of {ref}",
         "{do}drop {ref}",
         "{do}drop {ref} from the list",
-        "{do}forget about {ref}",
-        "{do}forget {ref}",
+        "{do}remove {ref} from the {thing}s",
+        "{do}wipe {ref}",
         "{do}cancel {ref}",
         "{do}throw away {ref}",
         "we don't need {ref} any more",
@@ -344,6 +447,14 @@ TRAIN = Wording(
         "{ref} can be deleted",
         "{ref} can go",
         "{ref} must be removed",
+        "I want {ref} gone",
+        "I want {ref} deleted",
+        "{do}clear {ref} from the list",
+        "nobody wants {ref}",
+        "nobody needs {ref} now",
+        "no one needs {ref} any more",
+        "{do}strike out {ref}",
+        "{do}strike {ref}",
         "I want to delete {ref}",
         "you can delete {ref}",
         "{do}take {ref} off the list",
@@ -400,6 +511,8 @@ TRAIN = Wording(
         " of {person}",
         " due {due}",
         " that are due {due}",
+        " that are {high}",
+        " that are {low}",
         " that {person} has",
         " assigned to {person}",
         " for {due}",
@@ -411,7 +524,10 @@ TEST = Wording(
     titles=[
         Titles(
             split("submit|publish|rephrase|file|shorten|forward"),
-            split("grant proposal|the annual newsletter|opening speech|shipping labels|patent draft|insurance claim|the thesis chapter"),
+            split(
+                """grant proposal|the annual newsletter|opening speech|shipping labels|patent draft|insurance claim
+                |the thesis chapter"""
+            ),
             split("as a flyer|to the museum|as a booklet"),
         ),
         Titles(
@@ -434,7 +550,7 @@ TEST = Wording(
     month_days=["april {n}", "september {n}", "february {n}", "2027-05-{n}", "2029-02-{n}"],
     numbers=range(20, 29),
     ids=range(501, 999),
-    openers=["", "", "ok, ", "Would you ", "next, ", "I'd like you to "],
+    openers=["", "", "ok, ", "would you ", "hi, please ", "I'd like you to "],
     ref_id=["#{id}", "{thing} {id}", "the {thing} number {id}", "{thing} no. {id}"],
     ref_title=["{title}", '"{title}"', "the {thing} '{title}'", 'my {thing} "{title}"'],
     create=[
@@ -450,7 +566,7 @@ TEST = Wording(
         "I'd like to {title}{tail}",
         "{do}put {title} on my list{tail}",
         "there is something {high} to do: {title}{tail}",
-        "{do}note as {low}: {title}{tail}",
+        "one {low} thing: {title}{tail}",
         "until {due} I have to {title}{tail}",
         "{person} needs to {title}{tail}",
         "{do}tell {person} to {title}{tail}",
@@ -464,7 +580,7 @@ TEST = Wording(
         "all done with {ref}",
         "we finished {ref} this morning",
         "{ref} is completed now",
-        "{do}check {ref} off my list",
+        "{do}tick off {ref}, it is finished",
     ],
     list_={
         "open": [
@@ -513,7 +629,7 @@ TEST = Wording(
         "{ref} should be deleted",
         "{do}drop {ref} from my {thing}s",
     ],
-    due=[" no later than {due}", ", it's due {due}", ", latest by {due}", ", to be done by {due}"],
+    due=[" no later than {due}", ", it's due {due}", ", latest by {due}", ", needed by {due}"],
     high=[", and it's {high}", ", really {high}", ", which is {high}", ", needed asap"],
     low=[", but it's {low}", ", there is no rush", ", rather {low}"],
     person=[", {person} takes it", ", it goes to {person}", ", assign this to {person}"],
