@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from trainers import attention
 from trainers.errors import ModelError
@@ -23,6 +24,7 @@ ARCHITECTURES = ("LlamaForCausalLM",)
 def load(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", attn: str = attention.NAME) -> PreTrainedModel:
     """The model in `folder` (Hugging Face layout, safetensors only), in eval mode. Raises ModelError."""
     check(folder)
+    disable_progress_bar()  # a worker's log is no terminal
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
