@@ -415,6 +415,8 @@ TRAIN = Wording(
         "{ref} is {low} now, move it to {due}",
         "{do}give {ref} to {person} and move it to {due}",
         "{do}move {ref} to {due} and give it to {person}",
+        "{do}delay {ref} to {due} and assign it to {person}",
+        "{do}postpone {ref} to {due}, {person} will do it",
         "{do}reschedule {ref} for {due} and hand it to {person}",
         "{do}set {ref} to {low} and move it to {due}",
         "{person} takes over {ref}, due {due}",
@@ -505,6 +507,8 @@ TRAIN = Wording(
         ", give it to {person}",
         ", it is for {person}",
         ", {person} can do it",
+        ", this goes to {person}",
+        ", hand it to {person}",
     ],
     list_filters=[
         " for {person}",
@@ -538,7 +542,7 @@ TEST = Wording(
         Titles(
             split("arrange|reserve|host|rehearse|relocate|talk through"),
             split("hotel suite|concert night|the museum tour|driving exam|wedding toast|a picnic|violin audition"),
-            split("beside the lake|under the bridge|for free"),
+            split("beside the lake|under the bridge|in winter"),
         ),
         Titles(
             split("patch|benchmark|encrypt|refactor|tidy|inspect"),
