@@ -542,7 +542,7 @@ TEST = Wording(
         Titles(
             split("arrange|reserve|host|rehearse|relocate|talk through"),
             split("hotel suite|concert night|the museum tour|driving exam|wedding toast|a picnic|violin audition"),
-            split("beside the lake|under the bridge|in winter"),
+            split("beside the lake|under the bridge|in springtime"),
         ),
         Titles(
             split("patch|benchmark|encrypt|refactor|tidy|inspect"),
