@@ -1,7 +1,7 @@
 """One Ray Serve application: one base model, its engine and the OpenAI chat wire.
 
 The gateway in service/ is its only client: it has the token, and says by header which name to echo (`x-tuneyard-model`) and
-which PEFT folder to answer with (`x-tuneyard-adapter`; empty = the bare base).
+which PEFT folder to answer with (`x-tuneyard-adapter`, in UTF-8; empty = the bare base).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def application(engine: Engine, chat: Chat, base: str, token: str) -> Starlette:
         routes=routes,
         lifespan=lifespan,
         middleware=[Middleware(TokenCheck, token=token)],
-        exception_handlers={TuneyardError: show_error},
+        exception_handlers={TuneyardError: show_error, Exception: show_error},
     )
 
 
@@ -93,7 +93,8 @@ class TokenCheck:
 
 
 async def show_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, TuneyardError)
+    if not isinstance(error, TuneyardError):  # a fault of ours: Starlette logs it, the client is told in the form it knows
+        error = TuneyardError(f"The serving app failed ({type(error).__name__}).", "Its log says more.")
     return JSONResponse(protocol.error_body(error), error.status)
 
 
@@ -116,7 +117,7 @@ class Server:
             asked=asked,
             model=request.headers.get("x-tuneyard-model") or self.base,
             prompt_ids=self.chat.prompt([m.plain() for m in asked.messages]),
-            adapter=request.headers.get("x-tuneyard-adapter") or None,
+            adapter=request.headers.get("x-tuneyard-adapter", "").encode("latin-1").decode("utf-8") or None,
         )
         if not asked.stream:
             return JSONResponse(await answer.whole(self.engine))

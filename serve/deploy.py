@@ -55,7 +55,8 @@ def deploy(
 
     Raises Unavailable if the app is not healthy within `wait_s` seconds, reads otherwise than training, or cannot answer.
     """
-    headers = {"authorization": f"Bearer {token}", "x-tuneyard-model": model_name, "x-tuneyard-adapter": str(run.path(model.adapter))}
+    adapter = str(run.path(model.adapter)).encode("utf-8")  # httpx takes other than ASCII only as bytes
+    headers = {b"authorization": f"Bearer {token}".encode(), b"x-tuneyard-model": model_name.encode(), b"x-tuneyard-adapter": adapter}
     with httpx.Client(base_url=serve_url, headers=headers, timeout=wait_s, trust_env=False) as client:
         _wait_until_healthy(client, run, wait_s)
         run.progress("deploy", doing="checking that serving reads conversations as training did")
@@ -97,7 +98,7 @@ def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, An
         response = client.post(path, json=body)
         value = response.json()
     except (httpx.TransportError, ValueError) as error:
-        raise Unavailable(f"{client.base_url}{path} gave no answer ({type(error).__name__}).", REMEDY) from None
+        raise Unavailable(f"{str(client.base_url).rstrip('/')}{path} gave no answer ({type(error).__name__}).", REMEDY) from None
     if response.status_code != 200:
-        raise Unavailable(f"{client.base_url}{path} answered {response.status_code}: {value}.", REMEDY)
+        raise Unavailable(f"{str(client.base_url).rstrip('/')}{path} answered {response.status_code}: {value}.", REMEDY)
     return value

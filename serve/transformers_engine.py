@@ -40,6 +40,7 @@ MAX_ROWS = 64
 """Sequences generated at a time; further ones wait."""
 PREFILL_TOKENS = 512
 """Prompt tokens per step: more would make running streams stutter."""
+STOPPED = Unavailable("The engine was stopped.", "Ask again shortly.")
 
 
 class SlotCache:
@@ -245,15 +246,18 @@ class TransformersEngine:
 
     def _enqueue(self, row: Row) -> None:
         with self._wake:
-            self._waiting.append(row)
-            self._wake.notify()
+            if not self._closed:
+                self._waiting.append(row)
+                return self._wake.notify()
+        self._let_go(row)
+        self._deliver([(row, STOPPED)])
 
     def close(self) -> None:
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._loader.shutdown()
         self._thread.join()
+        self._loader.shutdown()
 
     @property
     def num_running(self) -> int:
@@ -272,7 +276,7 @@ class TransformersEngine:
                 while not (self._closed or self._waiting or self._decoding or self._prefilling):
                     self._wake.wait()
                 if self._closed:
-                    return self._abandon(Unavailable("The engine was stopped.", "Ask again shortly."))
+                    return self._abandon(STOPPED)
             try:
                 self._drop_cancelled()
                 self._step()

@@ -150,7 +150,8 @@ def run_with(adapter: str, folder: Path) -> tuple[RunDir, ModelRecord]:
 
 
 def test_deploy_writes_its_record_once_the_name_answers(served, tiny: Path, tmp_path: Path) -> None:
-    run, model = run_with(served.adapters[0], tmp_path)
+    run, model = run_with("adapters/pas-à-pas", tmp_path)  # also where a header must carry more than ASCII
+    shutil.copytree(served.adapters[0], run.path(model.adapter))
     record = deploy(run, model, "ft:tiny:job", served.url, served.token, Chat.load(tiny))
     assert record.model == "ft:tiny:job" and 0 < record.first_answer_s < 60
     stored = run.read("deploy.json", DeployRecord)

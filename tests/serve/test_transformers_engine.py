@@ -274,3 +274,5 @@ def test_close_ends_what_runs(tiny: Path) -> None:
                     pass
 
     asyncio.run(main())
+    with pytest.raises(Unavailable, match="stopped"):
+        ask(engine, greedy(prompt_ids=prompt(5)))
