@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ app = typer.Typer(
 keys = typer.Typer(no_args_is_help=True, help="API keys (needs access to the home).")
 app.add_typer(keys, name="keys")
 
+_open = ExitStack()  # what a command opened, closed when it ends
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -39,7 +40,8 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 def main() -> None:
     """Run a command; every failure that a user can meet is one line of cause and one of remedy."""
     try:
-        app()
+        with _open:
+            app()
     except TuneyardError as error:
         _die(error.message, error.remedy)
     except Exception as error:
@@ -79,7 +81,9 @@ def _plain(text: str) -> str:
 def _client(home: Path | None) -> Client:
     from service.client import Client
 
-    return Client.find(Settings.load(home=home).home)
+    client = Client.find(Settings.load(home=home).home)
+    _open.callback(client.openai.close)
+    return client
 
 
 def _print_json(value: Any) -> None:

@@ -38,6 +38,7 @@ log = logging.getLogger("tuneyard.up")
 Say = Callable[[str], None]
 
 SERVICE = "service.json"  # where the running service of a home answers
+LOCK = "lock"  # held by the process that runs on a home; its content is that process's id
 WATCH_S = 3.0
 FIRST_PROJECT = "default"
 
@@ -80,11 +81,14 @@ def up(settings: Settings, say: Say) -> None:
             for thread in threads:
                 if thread.is_alive():
                     thread.join()
-            if settings.ray_address is None:
-                runner.pause()
-                local.stop(settings.home)
-            (settings.home / SERVICE).unlink(missing_ok=True)
-            store.close()
+            try:
+                if settings.ray_address is None:
+                    runner.pause()
+            finally:
+                if settings.ray_address is None:
+                    local.stop(settings.home)
+                (settings.home / SERVICE).unlink(missing_ok=True)
+                store.close()
 
 
 def down(settings: Settings) -> bool:
@@ -98,7 +102,8 @@ def down(settings: Settings) -> bool:
         make_home(settings)
         store = Store(settings.database_url)
         store.migrate()
-        Runner(settings, store, Link(head.client(), "127.0.0.1", head.serve_port)).pause()
+        with head.client() as ray:
+            Runner(settings, store, Link(ray, "127.0.0.1", head.serve_port)).pause()
         store.close()
         return local.stop(settings.home)
 
@@ -119,7 +124,7 @@ class _Server(uvicorn.Server):
 @contextmanager
 def _only_one(home: Path) -> Iterator[None]:
     """Hold the home: two services on one would fight over its Ray."""
-    with (home / "lock").open("a+") as file:
+    with (home / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -217,15 +222,13 @@ def _code() -> str:
 
 
 def _stop_service(home: Path) -> bool:
-    try:
-        pid = json.loads((home / SERVICE).read_text(encoding="utf-8"))["pid"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
+    """Ask the process that holds the home to stop, and wait until it has; False when there is none."""
     try:
         with _only_one(home):
-            return False  # it was killed: the number may be another process's by now
+            return False
     except UserError:
-        os.kill(pid, signal.SIGTERM)
+        pid = int((home / LOCK).read_text(encoding="utf-8"))
+    os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with suppress(UserError), _only_one(home):

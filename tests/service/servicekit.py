@@ -63,6 +63,7 @@ class Service:
     def __init__(self, settings: Settings, store: Store, link: Link) -> None:
         self.settings, self.store, self.link = settings, store, link
         self.base_url = ""
+        self.clients: list[OpenAI] = []
         self._numbers = itertools.count()
 
     def key(self, project: str = "") -> str:
@@ -70,7 +71,9 @@ class Service:
         return self.store.create_key(project or f"p{next(self._numbers)}")
 
     def client(self, project: str = "", **options: Any) -> OpenAI:
-        return OpenAI(base_url=self.base_url, api_key=self.key(project), **{"max_retries": 0, **options})
+        client = OpenAI(base_url=self.base_url, api_key=self.key(project), **{"max_retries": 0, **options})
+        self.clients.append(client)
+        return client
 
 
 @contextmanager
@@ -85,4 +88,6 @@ def service_on(home: Path, link: Link | None = None, **settings: Any) -> Iterato
     with serving(create_app(config, store, link)) as port:
         service.base_url = f"http://127.0.0.1:{port}/v1"
         yield service
+        for client in service.clients:
+            client.close()
     store.close()

@@ -221,9 +221,9 @@ def test_a_pause_is_no_loss(client: OpenAI, runner: Runner, service: Service) ->
 def test_only_one_of_two_runners_acts(client: OpenAI, runner: Runner, service: Service) -> None:
     job = create(client)
     other = Runner(service.settings, service.store, service.link, owner="other")
-    runner.step()
+    assert service.store.hold_lease(runner.owner, 60)
     other.step()
-    assert client.fine_tuning.jobs.retrieve(job).status == "queued"
+    assert client.fine_tuning.jobs.retrieve(job).status == "validating_files"
     assert ended(client, runner, job).status == "succeeded"
 
 
