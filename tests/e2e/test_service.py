@@ -123,7 +123,7 @@ def test_fifty_rows_of_ones_own_survive_a_killed_service_and_answer(service: Ser
         ({"messages": [{"role": "user", "content": "Hi"}]}, "assistant"),
         ({"messages": [{"role": "robot", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "robot"),
         ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}, "empty"),
-        ({"messages": [{"role": "user", "content": "a b c " * 2000}, {"role": "assistant", "content": "Ho"}]}, "2048"),
+        ({"messages": [{"role": "user", "content": "a b c " * 2000}, {"role": "assistant", "content": "Ho"}]}, "2,048"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "Ho"}]}, "<|im_end|>"),
     ],
     ids=["no JSON", "no assistant", "unknown role", "empty answer", "too long", "control token"],
