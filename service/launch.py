@@ -55,10 +55,11 @@ def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir) -> OutcomeRecord:
     base = find_any(spec.model.base)
     spec = resolve.defaults(spec, base)
     model_dir = ensure(base, Path(order.models), say=run.event)
-    place = resolve.placement(spec, _free_cpus())
+    place = resolve.placement(spec, _cpus())
 
     prepared = prepare_stage(spec, model_dir, Path(order.stores), run)
     spec = resolve.schedule(spec, len(TokenStore(Path(prepared.store), "train")), place)
+    run.check_lease()
     write_atomic(run.path("resolved.json"), spec.to_json())
 
     trained = train_stage(spec, model_dir, prepared, run, place)
@@ -131,10 +132,11 @@ def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: R
         )
 
 
-def _free_cpus() -> int:
+def _cpus() -> int:
+    """Of the whole cluster: what is busy now will be free; what is not there will not come."""
     import ray
 
-    return max(1, int(ray.available_resources().get("CPU", 1)))
+    return int(ray.cluster_resources().get("CPU", 1))
 
 
 def main() -> int:

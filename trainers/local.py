@@ -86,6 +86,8 @@ def main() -> int:
     except TuneyardError as error:
         print(f"error: {error.message}\n  fix: {error.remedy}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the first step there is nothing to save; what is prepared stays
+        return 130
     if record.status == "failed":
         print(f"error: {(record.error or {}).get('message')}", file=sys.stderr)
         return 1

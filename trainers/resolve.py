@@ -7,10 +7,17 @@ from trainers.errors import SpecError
 from trainers.spec import JobSpec, Placement
 
 
-def placement(spec: JobSpec, free_cpus: int) -> Placement:
-    """As many workers as asked for (`auto`: one, which uses every core by threads), sharing the free cores between them."""
+def placement(spec: JobSpec, cpus: int) -> Placement:
+    """As many workers as asked for (`auto`: one, which uses every core by threads), sharing the cores between them.
+
+    Raises SpecError where there are fewer cores than workers: they would wait for each other for ever.
+    """
     workers = 1 if spec.scale.workers == "auto" else spec.scale.workers
-    return Placement(workers=workers, threads_per_worker=max(1, free_cpus // workers))
+    if workers > cpus:
+        raise SpecError(
+            f"`scale.workers` is {workers}, but there are {cpus} CPUs.", f"Set it to {cpus} or less, or to auto.", "scale.workers"
+        )
+    return Placement(workers=workers, threads_per_worker=cpus // workers)
 
 
 def defaults(spec: JobSpec, base: Base) -> JobSpec:

@@ -11,7 +11,7 @@ import numpy as np
 from trainers import resolve
 from trainers.parallel import World
 from trainers.records import RunDir, TrainRecord
-from trainers.spec import JobSpec
+from trainers.spec import JobSpec, Placement
 from trainers.store import Row, StoreWriter, TokenStore, encode_runs
 from trainers.train import train
 
@@ -56,7 +56,7 @@ def run_training(
     model_dir: Path, store: Path, folder: Path, spec: JobSpec, attempt: int = 1, should_stop: Callable[[], bool] = lambda: False
 ) -> TrainRecord:
     world = World.current()
-    spec = resolve.schedule(spec, len(TokenStore(store, "train")), resolve.placement(spec, 1))
+    spec = resolve.schedule(spec, len(TokenStore(store, "train")), Placement())
     return train(spec, model_dir, store, RunDir(folder, attempt, "train"), world, should_stop=should_stop)
 
 
