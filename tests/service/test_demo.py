@@ -1,7 +1,8 @@
-"""The demo's own part: what it starts, it stops. (The whole of it is run by tests/e2e.)"""
+"""The demo's own part: what it starts, it stops. (The whole of it is run by .ci/run.)"""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
-from service.demo import demo
+from service.client import Update
+from service.demo import _Progress, demo
 from trainers.errors import Unavailable
 
 
@@ -49,6 +52,27 @@ def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path) -> None:
     assert child.returncode == 130 and "Interrupted" in said
     assert _processes_of(tmp_path) == []
     assert not (home / "ray.json").exists()
+
+
+def _update(stage: str | None, done: int, events: tuple[str, ...] = ()) -> Update:
+    numbers = {"done": done, "total": 40, "train_loss": 0.5}
+    told = [{"type": "message", "message": text} for text in events]
+    return Update({"status": "running"}, told, {"stage": stage, "progress": {"data": numbers} if stage else None})
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_elsewhere(terminal: bool) -> None:
+    screen = io.StringIO()
+    shown = _Progress(Console(file=screen, force_terminal=terminal, width=120, highlight=False))
+    with shown:
+        for update in (_update(None, 0), _update("train", 1, ("Training [starts]",)), *(_update("train", n) for n in range(2, 20))):
+            shown.update(update)
+    text = screen.getvalue()
+    assert "  Training [starts]" in text
+    assert list(shown.stage_seconds) == ["queue", "train"]
+    assert ("\x1b[" in text) == terminal
+    if not terminal:
+        assert [line.split()[:2] for line in text.splitlines() if line.startswith("train")] == [["train", "1/40"]]
 
 
 def _processes_of(folder: Path) -> list[str]:
