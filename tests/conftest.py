@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def make_tiny(folder: Path, **config: int) -> Path:
     wrapped.chat_template = CHATML
     wrapped.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": len(wrapped),
         "hidden_size": 32,
         "intermediate_size": 64,

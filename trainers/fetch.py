@@ -113,7 +113,7 @@ def _convert_gguf(gguf: Path, folder: Path, pre_tokenizer: str) -> None:
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The source's config says "quantized", which stops save_pretrained: a fresh config without that carries the weights on.
     config = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "dtype")}
-    model = LlamaForCausalLM(LlamaConfig(**config, dtype="bfloat16")).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**config, dtype="bfloat16")).to(dtype=torch.bfloat16)  # type: ignore[call-arg]
     model.config._name_or_path = ""
     model.load_state_dict(source.state_dict())
     model.tie_weights()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trainers.errors import SpecError
 from trainers.spec import Lora
@@ -59,7 +60,7 @@ class _LoraMatmul(torch.autograd.Function):
         return grad_x, None, None, grad_low_TR.T @ x_TI, grad_TO.T @ low_TR
 
 
-def apply(model: nn.Module, method: Lora, seed: int) -> nn.Module:
+def apply(model: PreTrainedModel, method: Lora, seed: int) -> PreTrainedModel:
     """Freeze `model` and put an adapter on every target layer; returns the model, changed in place."""
     model.requires_grad_(False)
     for name, linear in _targets(model, method):
@@ -99,9 +100,9 @@ def export(model: nn.Module, method: Lora, base: str, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _targets(model: nn.Module, method: Lora) -> list[tuple[str, nn.Linear]]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]  # type: ignore[misc]
+def _targets(model: PreTrainedModel, method: Lora) -> list[tuple[str, nn.Linear]]:
+    head = model.get_output_embeddings()
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if method.targets == "all-linear":
         return linears
     known = sorted({n.rpartition(".")[2] for n, _ in linears})

@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # `grad_loss` is 1 in the loop, where normalisation happens once per step on the summed gradients.
         grad_hidden_NE, grad_head_VE = ctx.grads
         scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in (grad_hidden_NE, grad_head_VE)]

@@ -76,7 +76,7 @@ def _train(
     examples, held_out = TokenStore(store, "train"), TokenStore(store, "validation")
     order = Order(examples.key, len(examples), spec.optim.epochs, int(spec.optim.batch_size), spec.optim.seed)
 
-    trainee = model.Trainee(lora.apply(model.load(model_dir, DTYPES[spec.scale.precision], world.device), spec.method, spec.optim.seed))  # type: ignore[arg-type]
+    trainee = model.Trainee(lora.apply(model.load(model_dir, DTYPES[spec.scale.precision], world.device), spec.method, spec.optim.seed))
     parameters = lora.trainable(trainee.model)
     optimizer = optim.build(parameters, spec.optim)
     leader = world.rank == 0

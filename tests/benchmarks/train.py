@@ -52,7 +52,7 @@ def matmul_rate(size: int = 2048, repeats: int = 20) -> float:
 
 
 def ours(spec: JobSpec, model_dir: Path, store: TokenStore, order: Order) -> tuple[Step, model.Trainee]:
-    trainee = model.Trainee(lora.apply(model.load(model_dir, torch.bfloat16), spec.method, 0))  # type: ignore[arg-type]
+    trainee = model.Trainee(lora.apply(model.load(model_dir, torch.bfloat16), spec.method, 0))
     parameters = lora.trainable(trainee.model)
     optimizer = optim.build(parameters, spec.optim)
 

@@ -22,7 +22,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 def build(folder: Path, dtype: torch.dtype) -> model.Trainee:
     """A tiny model whose adapters are not at their zero start, so that every gradient is alive."""
-    trainee = model.Trainee(lora.apply(model.load(folder, dtype), Lora(r=4, alpha=8), seed=0))  # type: ignore[arg-type]
+    trainee = model.Trainee(lora.apply(model.load(folder, dtype), Lora(r=4, alpha=8), seed=0))
     generator = torch.Generator().manual_seed(1)
     for parameter in lora.trainable(trainee.model).values():
         torch.nn.init.normal_(parameter, std=0.05, generator=generator)
