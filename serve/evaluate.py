@@ -161,7 +161,9 @@ async def _ask(client: httpx.AsyncClient, endpoint: Endpoint, model: Model, case
         if attempt:
             await asyncio.sleep(endpoint.backoff_s * 2 ** (attempt - 1))
         try:
-            response = await client.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=headers)
+            response = await client.post(
+                f"{endpoint.url}/v1/chat/completions", json=body, headers={k.encode(): v.encode() for k, v in headers.items()}
+            )
         except httpx.HTTPError as error:
             cause = f"{type(error).__name__}: {error}"
             continue

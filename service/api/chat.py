@@ -43,11 +43,12 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
         "x-tuneyard-model": name,
         "x-tuneyard-adapter": str(found.adapter or ""),
     }
+    encoded = {k.encode(): v.encode() for k, v in headers.items()}  # a folder's name may hold any letter; as str, httpx takes only ASCII
     http: httpx.AsyncClient = request.app.state.http
     deadline = time.monotonic() + settings.chat_wait_s
     while True:
         url = f"{link.serve_url(found.base)}/v1/chat/completions"
-        upstream = await _send(request, http, http.build_request("POST", url, content=content, headers=headers))
+        upstream = await _send(request, http, http.build_request("POST", url, content=content, headers=encoded))
         if upstream is not None:
             kept = {k: v for k, v in upstream.headers.items() if k in FORWARDED}
             return StreamingResponse(_relay(upstream), upstream.status_code, kept)
