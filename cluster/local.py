@@ -181,8 +181,8 @@ def _environment(head: LocalHead, path: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Without it Ray turns 127.0.0.1 into the machine's outer address and its daemons listen everywhere.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Waiting threads sleep instead of spinning: on cores that something else uses too, spinning costs a factor of eight.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # Threads that wait for each other spin briefly, then sleep: see trainers/local.py.
+        "GOMP_SPINCOUNT": "20000",
         "PYTHONPATH": os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH", "")) if p),
     }
 

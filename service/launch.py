@@ -95,7 +95,7 @@ def merge_stage(spec: JobSpec, base: Base, model_dir: Path, trained: TrainRecord
     run.progress("merge")
     step = trained.best_step or trained.step
     record = merge.merge(run, base.id, model_dir, step, merge.probes(Chat.load(model_dir)), write=spec.export.merge)
-    told = f", largest logit difference {record.max_logit_difference:.2g}" if record.max_logit_difference is not None else ""
+    told = f"; merged, it is {record.kl:.1g} nats from base + adapter (the adapter's effect: {record.effect:.1g})" if record.merged else ""
     run.event(f"Model of step {step} is ready{told}.")
     return record
 

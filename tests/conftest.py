@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub, whatever it imports
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see trainers/local.py
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is loaded; see trainers/local.py
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

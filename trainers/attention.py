@@ -1,7 +1,7 @@
 """Attention over packed rows: several examples in one row of tokens, none of which sees another.
 
 A micro-batch is one row of T tokens without padding. Linear layers run on it as it is. Only attention needs to know where
-examples begin: it lifts examples of similar length into a rectangle, padded on the right, and runs the plain causal kernel
+examples begin: it lifts examples of similar length into a rectangle, padded on the right, and runs plain causal attention
 on that. With causal attention no real token ever looks at the padding behind it, so no mask exists at all, and nothing can leak.
 
 Registered with transformers under the name "packed"; reaches every layer as the keyword argument `packing` of the model's
@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "packed"
+SHORT = 128
+"""Longest example, in tokens, whose attention is written out on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class Group:
     """Its tokens in the row: start <= t < stop."""
     shape: tuple[int, int]
     """(G, L)."""
-    lift: Tensor | None
-    """int64[G * L]: the row position (from `start`) of each cell; padding cells repeat one. None where all lengths are equal."""
-    drop: Tensor | None
-    """int64[stop - start]: the cell of each token; the inverse of `lift`."""
+    cell: Tensor | None
+    """int64[stop - start]: where in the rectangle, counted row by row, each token goes. None where all lengths are equal."""
+    future: Tensor | None
+    """bool[L, L], true where the key comes after the query; only of groups that take the short way."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,11 @@ def pack(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
 def _group(start: int, lengths: Sequence[int], device: torch.device | str) -> Group:
     num, longest = len(lengths), lengths[0]
     stop = start + sum(lengths)
-    if lengths[-1] == longest:
-        return Group(start, stop, (num, longest), None, None)
-    length_G = torch.tensor(lengths)
-    first_G = length_G.cumsum(0) - length_G
-    column_L = torch.arange(longest)
-    lift = first_G[:, None] + torch.minimum(column_L[None], length_G[:, None] - 1)
-    real = column_L[None] < length_G[:, None]
-    return Group(start, stop, (num, longest), lift.flatten().to(device), real.flatten().nonzero().squeeze(1).to(device))
+    real_GL = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    cell = None if lengths[-1] == longest else real_GL.flatten().nonzero().squeeze(1).to(device)
+    short = longest <= SHORT and torch.device(device).type == "cpu"
+    future = torch.ones(longest, longest, dtype=torch.bool).triu_(1) if short else None
+    return Group(start, stop, (num, longest), cell, future)
 
 
 def packed_attention(
@@ -82,7 +81,6 @@ def packed_attention(
     value_1KTD: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     packing: Packing | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -94,16 +92,30 @@ def packed_attention(
     parts = []
     for group in packing.groups:
         q, k, v = (_lift(x[group.start : group.stop], group) for x in (query_THD, key_TKD, value_TKD))
-        out_GHLD = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa)
+        if group.future is not None:
+            out_GHLD = _short_attention(q, k, v, group.future, scaling or q.shape[-1] ** -0.5)
+        else:
+            out_GHLD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         flat = out_GHLD.transpose(1, 2).reshape(-1, *query_THD.shape[1:])
-        parts.append(flat if group.drop is None else flat.index_select(0, group.drop))
+        parts.append(flat if group.cell is None else flat.index_select(0, group.cell))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def _lift(x_nHD: Tensor, group: Group) -> Tensor:
-    """(tokens of the group, heads, D) -> (G, heads, L, D)."""
-    cells = x_nHD if group.lift is None else x_nHD.index_select(0, group.lift)
-    return cells.unflatten(0, group.shape).transpose(1, 2)
+    """(tokens of the group, heads, D) -> (G, heads, L, D), zeros where the rectangle has padding."""
+    if group.cell is not None:
+        x_nHD = x_nHD.new_zeros(group.shape[0] * group.shape[1], *x_nHD.shape[1:]).index_copy(0, group.cell, x_nHD)
+    return x_nHD.unflatten(0, group.shape).transpose(1, 2)
+
+
+def _short_attention(q_GHLD: Tensor, k_GKLD: Tensor, v_GKLD: Tensor, future_LL: Tensor, scaling: float) -> Tensor:
+    """Causal attention written out: the CPU's flash kernel takes three times as long for short examples."""
+    num_groups, num_heads, length, size = q_GHLD.shape
+    # The query heads that share a key head become queries of that head, one after the other.
+    q_GKRD = (q_GHLD * scaling).reshape(num_groups, k_GKLD.shape[1], -1, size)
+    scores_GKRL = q_GKRD @ k_GKLD.transpose(-1, -2)
+    scores_GKRL = scores_GKRL.masked_fill(future_LL.repeat(q_GKRD.shape[2] // length, 1), float("-inf"))
+    return (scores_GKRL.softmax(-1) @ v_GKLD).view(num_groups, num_heads, length, size)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -42,7 +42,7 @@ def train_on_ray(spec: JobSpec, model_dir: Path, store: Path, run: RunDir, place
         run_config=RunConfig(
             name=f"{run.root.name}-{run.attempt}",
             storage_path=str(run.path("ray_train")),
-            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # see trainers.local
+            worker_runtime_env={"env_vars": {"GOMP_SPINCOUNT": "20000"}},  # see trainers.local
             failure_config=FailureConfig(max_failures=MAX_WORKER_LOSSES),
         ),
     )

@@ -165,8 +165,12 @@ class ModelRecord(Record):
     merged: str | None
     """Folder of the merged model; None when the spec asked for none."""
     step: int
+    kl: float | None = None
+    """KL divergence of merged from base + adapter, nats per token, over the probe prompts."""
+    effect: float | None = None
+    """The same for the bare base: what the adapter itself does."""
     max_logit_difference: float | None = None
-    """Largest difference of any logit, merged against base + adapter, over the probe prompts."""
+    """Largest difference of any logit, merged against base + adapter."""
 
 
 class DeployRecord(Record):
@@ -236,10 +240,12 @@ class RunDir:
                 "This process stops without writing.",
             )
 
-    def write(self, name: str, record: Record) -> None:
-        """Write a record whole, as the last act of what it stands for."""
+    def write(self, name: str, record: R) -> R:
+        """Write a record whole, as the last act of what it stands for; returns it as written."""
         self.check_lease()
-        write_atomic(self.path(name), record.model_copy(update={"attempt": self.attempt}).model_dump_json(indent=2))
+        record = record.model_copy(update={"attempt": self.attempt})
+        write_atomic(self.path(name), record.model_dump_json(indent=2))
+        return record
 
     def read(self, name: str, kind: type[R]) -> R | None:
         """The record of this name, or None where it was not (yet) written."""

@@ -154,7 +154,9 @@ def test_merged_equals_base_plus_adapter(tiny: Path, uninterrupted: Path) -> Non
     run = RunDir(uninterrupted, 1, "driver")
     record = merge.merge(run, "tiny", tiny, step=10, prompts=[[5, 6, 7, 8], [9, 10]])
     assert record.merged is not None
-    assert record.max_logit_difference is not None
+    assert record.kl is not None and record.effect is not None and record.max_logit_difference is not None
+    assert record.kl < 1e-6  # fp32 cannot tell less
+    assert record.effect > 1e-3
     assert record.max_logit_difference < 1e-4  # fp32 base: nothing but summation order is left
     assert merge.merge(run, "tiny", tiny, step=10, prompts=[]) == record  # done is done
 
