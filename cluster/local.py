@@ -183,6 +183,7 @@ def _environment(head: LocalHead, path: str) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Threads that wait for each other spin briefly, then sleep: see trainers/local.py.
         "GOMP_SPINCOUNT": "20000",
+        "RAY_worker_niceness": "0",  # by default Ray's own daemons, and everything else, go before the training they are there for
         "PYTHONPATH": os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH", "")) if p),
     }
 

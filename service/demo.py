@@ -37,7 +37,7 @@ REQUEST = "Ask Ana to water the plants by friday, it's urgent"
 START_TIMEOUT_S = 300.0  # the first start fetches the base model
 STOP_TIMEOUT_S = 60.0
 LINE_S = 5.0  # pause between two progress lines where no line can be redrawn
-MEMORY_S = 2.0
+MEMORY_S = 5.0
 
 
 def demo(home: Path | None = None, keep: bool = False) -> int:

@@ -13,6 +13,13 @@ from trainers.errors import Fenced, Unavailable
 from trainers.records import RunDir, TrainRecord
 from trainers.spec import JobSpec, Placement
 
+ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "20000",  # see trainers.local
+    # The loop runs in a thread of the worker, whose own malloc arena gives memory back to the system after every step and faults it in again.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
 MAX_WORKER_LOSSES = 3
 """Times that one attempt restarts its worker group after losing a worker."""
 
@@ -42,7 +49,7 @@ def train_on_ray(spec: JobSpec, model_dir: Path, store: Path, run: RunDir, place
         run_config=RunConfig(
             name=f"{run.root.name}-{run.attempt}",
             storage_path=str(run.path("ray_train")),
-            worker_runtime_env={"env_vars": {"GOMP_SPINCOUNT": "20000"}},  # see trainers.local
+            worker_runtime_env={"env_vars": ENVIRONMENT},
             failure_config=FailureConfig(max_failures=MAX_WORKER_LOSSES),
         ),
     )
