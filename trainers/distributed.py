@@ -15,7 +15,7 @@ from trainers.spec import JobSpec, Placement
 
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",  # see trainers.local
-    # The loop runs in a thread of the worker, whose own malloc arena gives memory back to the system after every step and faults it in again.
+    # The loop runs in a thread of the worker, whose own malloc arena gives memory back after every step and faults it in again.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
