@@ -68,7 +68,7 @@ def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir) -> OutcomeRecord:
 
     model = merge_stage(spec, base, model_dir, trained, run)
     if spec.deploy.serve and order.serve_url is not None:
-        deploy_stage(spec, order, model_dir, model, run)
+        deploy_stage(order, model_dir, model, run)
         evaluate_stage(spec, order, model, run)
     return OutcomeRecord(status="succeeded")
 
@@ -100,7 +100,7 @@ def merge_stage(spec: JobSpec, base: Base, model_dir: Path, trained: TrainRecord
     return record
 
 
-def deploy_stage(spec: JobSpec, order: LaunchOrder, model_dir: Path, model: ModelRecord, run: RunDir) -> None:
+def deploy_stage(order: LaunchOrder, model_dir: Path, model: ModelRecord, run: RunDir) -> None:
     if run.read("deploy.json", DeployRecord) is not None:
         return
     assert order.serve_url is not None and order.serve_token_file is not None

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,22 +118,30 @@ def read_manifest(folder: Path, verify: bool = False) -> CheckpointRecord:
 
 def best(run: RunDir) -> CheckpointRecord | None:
     """The manifest with the lowest validation loss; without validation, the last one."""
-    records = [read_manifest(f) for f in folders(run)]
+    records = list(_readable(run).values())
     judged = [r for r in records if r.valid_loss is not None]
     return min(judged, key=lambda r: (r.valid_loss, -r.step)) if judged else (records[-1] if records else None)  # type: ignore[return-value]
 
 
 def prune(run: RunDir, keep_last: int, keep_best: bool) -> None:
     """Delete full checkpoints beyond the newest `keep_last` (and the best). Adapters stay: they are small and callable."""
-    present = folders(run)
-    kept = set(present[-keep_last:])
+    present = _readable(run)
+    kept = set(list(present)[-keep_last:])
     winner = best(run) if keep_best else None
-    for folder in present:
-        record = read_manifest(folder)
+    for folder, record in present.items():
         if folder not in kept and not (winner and (record.step, record.attempt) == (winner.step, winner.attempt)):
             doomed = folder.with_name(f".{folder.name}.old")  # renamed first, so that no half-deleted checkpoint can be seen
             folder.rename(doomed)
             shutil.rmtree(doomed)
+
+
+def _readable(run: RunDir) -> dict[Path, CheckpointRecord]:
+    """Checkpoints whose manifest can be read, oldest first: one that was damaged must not stop the run that went on without it."""
+    found: dict[Path, CheckpointRecord] = {}
+    for folder in folders(run):
+        with suppress(CheckpointError):
+            found[folder] = read_manifest(folder)
+    return found
 
 
 def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

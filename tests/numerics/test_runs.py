@@ -115,7 +115,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no manifest", "missing file"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no manifest", "garbled manifest", "missing file"])
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     tiny: Path, store: Path, uninterrupted: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -131,6 +131,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
         state.write_bytes(content)
     elif damage == "no manifest":
         (newest / "MANIFEST.json").unlink()
+    elif damage == "garbled manifest":
+        (newest / "MANIFEST.json").write_text("{")
     else:
         (newest / "progress.json").unlink()
     assert runs.run_training(tiny, store, tmp_path, runs.make_spec(), attempt=2).status == "finished"
