@@ -240,12 +240,14 @@ def _report(tally: Tally, chat: Chat, inspected: list[Inspection]) -> DataReport
         sources.append(
             SourceReport(
                 name=source.name,
+                url=source.chunks[0].path if source.chunks else "",
                 format=source.format,
                 bytes=source.bytes,
                 sha256=source.sha256,
                 read=tally.kept[i] + sum(dropped.values()),
                 kept=tally.kept[i],
                 dropped=dropped,
+                examples=tally.kept[i],
             )
         )
     splits = {}

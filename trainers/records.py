@@ -81,17 +81,48 @@ class StepRecord(Record):
     valid_accuracy: float | None = None
 
 
+class Case(BaseModel):
+    """One example of something the data report counts."""
+
+    where: str
+    """`file:line`."""
+    text: str
+    """What was found there, at most about 200 characters."""
+
+
 class SourceReport(BaseModel):
-    """One source's part of the data report."""
+    """One source's part of the data report. read == kept + sum(dropped), in rows of the source."""
 
     name: str
+    url: str
+    """Where it was read from."""
     format: str
     bytes: int
+    """As stored (compressed, if it is)."""
     sha256: str
+    licence: str | None = None
+    weight: float = 1.0
     read: int
     kept: int
     dropped: dict[str, int] = {}
-    """Reason -> number of examples left out."""
+    """Reason -> rows left out."""
+    examples: int
+    """Examples made of the kept rows: more where long conversations were split or rows are repeated, fewer where they were thinned out."""
+
+
+class Finding(BaseModel):
+    """One thing that preparation looked for or did, over all sources."""
+
+    step: str
+    """What: `duplicates`, `truncate_prompt`, `refused`, ..."""
+    action: str
+    """What was done about it: `report`, `drop`, `mask`, `refuse`, `repeat`, `shorten`, `split`."""
+    rows: int
+    """How many rows it concerned."""
+    detail: dict[str, float] = {}
+    """Counts by kind, where the step tells kinds apart."""
+    cases: list[Case] = []
+    """The first few."""
 
 
 class SplitReport(BaseModel):
@@ -103,17 +134,26 @@ class SplitReport(BaseModel):
     length_p50: int = 0
     length_p95: int = 0
     length_max: int = 0
+    lengths: list[tuple[int, int]] = []
+    """Histogram: (longest length of the bin in tokens, examples in it), shortest first; empty bins included."""
     slices: dict[str, int] = {}
 
 
 class DataReport(Record):
-    """What was read, kept and left out, and why. read == kept + sum(dropped) holds for every source."""
+    """What was read, kept and left out, and why: enough to rebuild the token store bit for bit from the same bytes."""
 
     sources: list[SourceReport]
+    findings: list[Finding] = []
     train: SplitReport
     validation: SplitReport
+    recipe: dict[str, Any] = {}
+    """Everything else that the store's content depends on: versions, template, max_length, masking, curation, split."""
+    requested_by: str | None = None
+    """Who asked, as the service knows them."""
     template_sha256: str
     tokenizer_sha256: str
+    tokenizer: str = "hf"
+    """What turned text into tokens: `hf`, or `fastokens` where it proved equal on a sample of this very data."""
 
 
 class PrepareRecord(Record):

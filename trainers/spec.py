@@ -26,11 +26,24 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+Format = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "bedrock", "text"]
+
+
 class Source(Part):
     path: str
-    """A local file (or any fsspec URL)."""
-    format: Literal["auto", "messages", "alpaca", "sharegpt"] = "auto"
+    """A local file, any fsspec URL (`s3://bucket/rows.parquet`), or a Hugging Face dataset (`hf://org/name`)."""
+    format: Format = "auto"
     """How a row is laid out; `auto` decides by the keys of the first row and holds every other row to it."""
+    columns: dict[str, str] = {}
+    """Renames columns before anything else looks at them: the format's name -> the data's name, `{instruction: question}`."""
+    subset: str | None = None
+    """Of a Hugging Face dataset: the configuration."""
+    split: str = "train"
+    """Of a Hugging Face dataset: the split."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Share in the mixture: 2 trains on every example twice in an epoch, 0.5 on half of them, always the same half."""
+    licence: str | None = None
+    """Carried into the data report and the model card."""
     name: str | None = None
     """What errors and reports call this source; the path's last part by default."""
 
@@ -42,10 +55,64 @@ class Source(Part):
 class ModelPart(Part):
     base: str = "smollm2-135m-instruct"
     """A catalogue id or alias, a local Hugging Face folder, or a hub id (`org/name`)."""
+    template: str = "auto"
+    """The chat template: the tokenizer's own (`auto`), a built-in one (`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, `vicuna`),
+    or a Jinja file."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
     """The longest example, in tokens, template included."""
-    overlength: Literal["refuse", "drop"] = "refuse"
-    """What happens to a longer example: the job stops and names it, or it is left out and counted."""
+    overlength: Literal["refuse", "drop", "truncate_prompt", "split_turns"] = "refuse"
+    """What happens to a longer example: the job stops and names it; it is left out; its prompt loses turns, then text, from the front; or its
+    turns are spread over several examples. Never is an answer cut, and each case is counted."""
+
+
+Check = Literal["off", "report", "drop"]
+
+
+class NearDuplicates(Part):
+    action: Check = "drop"
+    """What happens to every example but the first of each kind."""
+    threshold: Annotated[float, Field(ge=0.5, le=1.0)] = 0.8
+    """Estimated Jaccard similarity of word 3-grams from which two examples count as one (MinHash; Broder, 1997)."""
+
+
+class Balance(Part):
+    by: str
+    """The column that names an example's class."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Class -> its share, relative to the others'; all equal by default."""
+    max_repeat: Annotated[float, Field(ge=1, le=100)] = 4.0
+    """No example is trained on more often than this in one epoch to fill a rare class up."""
+
+
+class Curate(Part):
+    """What to look for in the data. `report` counts and shows cases, `drop` leaves out; every case is in the data report."""
+
+    min_answer_chars: Annotated[int, Field(ge=0)] = 0
+    """Examples whose last answer is shorter are left out."""
+    max_answer_chars: Annotated[int, Field(ge=1)] | None = None
+    """Examples with a longer answer are left out."""
+    max_turns: Annotated[int, Field(ge=1)] | None = None
+    """Conversations with more assistant turns are left out."""
+    refusals: Check = "off"
+    """Answers that decline ("I cannot ...") or apologise more than twice."""
+    repetition: Check = "off"
+    """Answers that say the same thing again and again."""
+    junk: Check = "off"
+    """Text that is no language: replacement characters, control characters, mostly symbols."""
+    languages: list[str] = []
+    """ISO 639-1 codes; examples in another language are left out. Empty: any."""
+    personal_data: Literal["off", "report", "mask", "refuse"] = "off"
+    """E-mail addresses, phone, social security, card and medical record numbers: counted, replaced by `[EMAIL]` and so on, or the job stops."""
+    duplicates: Check = "report"
+    """Examples with the same messages; the first stays."""
+    near_duplicates: NearDuplicates | None = None
+    """Examples that are almost the same; the first stays."""
+    conflicts: Literal["off", "report", "drop", "refuse"] = "report"
+    """The same prompt with different answers; `drop` leaves out all of them."""
+    leakage: Literal["off", "report", "drop", "refuse"] = "report"
+    """Training prompts that also stand in validation sources or evaluation tasks; `drop` leaves them out of training."""
+    balance: Balance | None = None
+    """Repeat rare classes and thin out frequent ones, always the same examples."""
 
 
 class DataPart(Part):
@@ -55,6 +122,9 @@ class DataPart(Part):
     """A fraction split off the training examples by a hash of each example, or sources of their own."""
     train_on: Literal["assistant", "last_assistant"] = "assistant"
     """Which turns are supervised: every assistant turn, or only the last one."""
+    reasoning: Literal["train", "mask", "drop"] = "train"
+    """Thoughts before an answer (`reasoning_content`, or `<think>` in the text): supervised, shown but not supervised, or removed."""
+    curate: Curate = Curate()
     slice_by: str | None = None
     """A column whose value groups examples in the data report and in every evaluation."""
 
