@@ -54,6 +54,20 @@ class DataError(UserError):
     code = "invalid_training_file"
 
 
+class RowError(DataError):
+    """One row that cannot be used: `{where} {what}.`, and the remedy.
+
+    `kind` is the reason without this row's own values ("is not JSON"), so that rows of one kind can be counted together.
+    """
+
+    def __init__(self, where: str, what: str, remedy: str, kind: str = "") -> None:
+        super().__init__(f"{where} {what}.", remedy)
+        self.args = (where, what, remedy, kind)
+        self.where = where
+        self.what = what
+        self.kind = kind or what
+
+
 class TemplateError(UserError):
     """A chat template cannot be rendered, or does not render the way training needs it to."""
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 import fsspec
 
 from trainers.chat import ROLES, Message
-from trainers.errors import DataError
+from trainers.errors import DataError, RowError
 from trainers.spec import Source
 
 NORMALISER_VERSION = 1  # raise it whenever any row normalises differently: it is part of every token store's key
@@ -70,6 +70,8 @@ class Inspection:
     """What one pass over a source tells."""
 
     name: str
+    url: str
+    """Where it was read from."""
     format: str
     bytes: int
     sha256: str
@@ -81,7 +83,10 @@ class Inspection:
 def conversations(source: Source, slice_by: str | None = None) -> Iterator[Conversation]:
     """Every conversation of a source, in file order; raises DataError at the first bad row."""
     for chunk in inspect(source).chunks:
-        yield from read(chunk, slice_by)
+        for row in read(chunk, slice_by):
+            if isinstance(row, RowError):
+                raise row
+            yield row
 
 
 def inspect(source: Source, chunk_bytes: int = 4 * 2**20) -> Inspection:
@@ -124,18 +129,36 @@ def inspect(source: Source, chunk_bytes: int = 4 * 2**20) -> Inspection:
     if size > start:
         chunks.append(chunk(start, size, line))
     rows = 0 if array else lines - (line_start == size)
-    return Inspection(name, format, size, sha256.hexdigest(), rows, chunks)
+    return Inspection(name, source.path, format, size, sha256.hexdigest(), rows, chunks)
 
 
-def read(chunk: Chunk, slice_by: str | None = None) -> Iterator[Conversation]:
-    """The conversations of one chunk, in file order; raises DataError at its first bad row."""
-    for line, row in _array_rows(chunk) if chunk.array else _line_rows(chunk):
-        where = f"{chunk.name}:{line}"
-        messages = _normalise(row, chunk, where)
-        slice = row.get(slice_by) if slice_by else None
-        if slice is not None and not isinstance(slice, str | int | float):
-            _fail(where, f"has a {_kind(slice)} as `{slice_by}`", "A column to slice by holds text or numbers.")
-        yield {"messages": messages, "slice": None if slice is None else str(slice), "id": where}
+def read(chunk: Chunk, slice_by: str | None = None, class_by: str | None = None) -> Iterator[Conversation | RowError]:
+    """The rows of one chunk in file order, each as a conversation, or as the RowError that says why it is none.
+
+    `slice_by` and `class_by` name columns whose values go along as "slice" and "class".
+    """
+    try:
+        for line, row in _array_rows(chunk) if chunk.array else _line_rows(chunk):
+            if isinstance(row, RowError):
+                yield row
+                continue
+            where = f"{chunk.name}:{line}"
+            try:
+                messages = _normalise(row, chunk, where)
+                groups = [_group(row, column, where) for column in (slice_by, class_by)]
+            except RowError as error:
+                yield error
+                continue
+            yield {"messages": messages, "tools": None, "slice": groups[0], "class": groups[1], "id": where}
+    except RowError as error:  # nothing after it can be read
+        yield error
+
+
+def _group(row: dict[str, Any], column: str | None, where: str) -> str | None:
+    value = row.get(column) if column else None
+    if value is None or isinstance(value, str | int | float):
+        return None if value is None else str(value)
+    _fail(where, f"has a {_kind(value)} as `{column}`", "A column to group by holds text or numbers.")
 
 
 # -- bytes to rows -------------------------------------------------------------------------------------------------------
@@ -170,13 +193,16 @@ def _first_row(source: Source) -> tuple[dict[str, Any], int, bool]:
     _fail(source.shown, "is empty", "Put at least one example into it.")
 
 
-def _line_rows(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
+def _line_rows(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     with _open(chunk) as file:
         file.seek(chunk.start)
         data = file.read(chunk.stop - chunk.start)
     for number, line in enumerate(data.split(b"\n"), chunk.line):
         if line.strip() and line != codecs.BOM_UTF8:
-            yield number, _parse(line, f"{chunk.name}:{number}", number == 1)
+            try:
+                yield number, _parse(line, f"{chunk.name}:{number}", number == 1)
+            except RowError as error:
+                yield number, error
 
 
 def _parse(line: bytes, where: str, first: bool) -> dict[str, Any]:
@@ -371,4 +397,4 @@ def _kind(value: Any) -> str:
 
 
 def _fail(where: str, what: str, remedy: str) -> NoReturn:
-    raise DataError(f"{where} {what}.", remedy)
+    raise RowError(where, what, remedy)
