@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from service.settings import Settings, make_home
-from trainers.errors import TuneyardError
+from trainers.errors import TuneyardError, UserError
 from trainers.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 HomeOption = Annotated[Path | None, typer.Option(help="The service's folder; by default TUNEYARD_HOME or ~/.tuneyard.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+DataArgument = Annotated[list[str], typer.Argument(metavar="DATA...", help="Data files or URLs, or one JOB.yaml.")]
+ModelOption = Annotated[str | None, typer.Option(help="Base model.", show_default="smollm2-135m-instruct")]
+TemplateOption = Annotated[str | None, typer.Option(help="Chat template: the model's own (auto), a built-in one, or a Jinja file.")]
+FormatOption = Annotated[str | None, typer.Option(help="How a row is laid out.", show_default="told by the first row")]
+
+REPORT_WIDTH = 110
+"""Columns that a report takes at most: longer lines are hard to read."""
 
 
 def main() -> None:
@@ -139,6 +147,103 @@ def create_key(project: Annotated[str, typer.Option(help="The project the key is
     store.migrate()
     sys.stdout.write(store.create_key(project) + "\n")
     store.close()
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(
+    data: DataArgument,
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    format: FormatOption = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Longest example, in tokens.", show_default="2048")] = None,
+    validation: Annotated[str | None, typer.Option(metavar="FILE", help="Validation data; by default 5% of DATA.")] = None,
+    slice_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Count examples by this column.")] = None,
+    output: Annotated[list[Path] | None, typer.Option("--output", "-o", help="Also write the report: FILE.html or FILE.json.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is in the data, what is wrong with it, and whether a job on it would start. Needs no service.
+
+    Leaves with 0 where a job would start, and with 1 where it would not.
+    """
+    from service import datajob, datareport
+    from trainers import resolve
+    from trainers.catalogue import find_any
+    from trainers.fetch import ensure
+    from trainers.prepare import survey
+
+    for path in output or []:
+        if path.suffix not in (".html", ".json"):
+            raise typer.BadParameter(f"{path} ends neither in .html nor in .json.", param_hint="--output")
+    spec = datajob.job_of(data, model, template, format, max_length, validation, slice_by)
+    base = find_any(spec.model.base)
+    resolved = resolve.defaults(spec, base)
+    settings = Settings.load(home=home)
+    with _reading() as show:
+        report = survey(datajob.looking_at_everything(spec), ensure(base, settings.models, err.print), on_progress=show)
+    about = {"model": base.id, "template": spec.model.template, "max_length": spec.model.max_length, "train_on": spec.data.train_on}
+    epoch = datareport.epoch_of(report, int(resolved.optim.batch_size), datajob.measured_speed(settings.runs, base.id))
+    told = datareport.to_json(report, about, epoch)
+    for path in output or []:
+        _write(path, datareport.page(report, about, epoch) if path.suffix == ".html" else json.dumps(told, indent=2) + "\n")
+    _print_json(told) if as_json else out.print(datareport.renderable(report, about, epoch), width=min(out.width, REPORT_WIDTH))
+    if not told["starts"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def preview(
+    data: DataArgument,
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    format: FormatOption = None,
+    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many examples.")] = 3,
+    row: Annotated[int, typer.Option(min=1, help="Begin with this row of the data.")] = 1,
+    id: Annotated[str | None, typer.Option(help="Show one row, as file:line.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the tokens' ids.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write them as an HTML page.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The first examples as tokens, coloured by what is trained. Needs no service.
+
+    Leaves with 1 where a row is shown that training would refuse.
+    """
+    from service import datajob, tokenview
+    from trainers.catalogue import find_any
+    from trainers.fetch import ensure
+    from trainers.preview import preview as look
+
+    spec = datajob.job_of(data, model, template, format)
+    found = look(spec, ensure(find_any(spec.model.base), Settings.load(home=home).models, err.print), count, row - 1, id)
+    if html:
+        _write(html, tokenview.page(found))
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        coloured = out.is_terminal and not out.no_color
+        out.print(tokenview.renderable(found, ids, coloured), soft_wrap=not out.is_terminal)
+    if any(example.error for example in found.examples):
+        raise typer.Exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.", "Name a file in a folder that exists.") from None
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, if that is a terminal; yields what to tell it: (rows done, rows in all)."""
+    columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=max(done, total))
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------------
