@@ -25,8 +25,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve import protocol
+from serve.chats import Chats
 from serve.engine import Engine, GenerateRequest, TokenEvent
-from trainers.chat import Chat
+from trainers.chat import Chat, Message
 from trainers.errors import TuneyardError, UserError
 
 
@@ -42,16 +43,16 @@ def build(args: dict[str, Any]) -> Application:
         limits = {k: args[k] for k in ("max_adapter_bytes",) if k in args}
         engine = TransformersEngine(Path(args["model_dir"]), **limits)
         token = Path(args["token_file"]).read_text(encoding="utf-8").strip()
-        return application(engine, Chat.load(Path(args["model_dir"])), args["base"], token)
+        return application(engine, Chats(Path(args["model_dir"])), args["base"], token)
 
     # A local replica reserves no CPU: a training job beside it would otherwise wait for ever.
     deployment = ray_serve.deployment(name="engine", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})
     return deployment(ray_serve.ingress(asgi)()).bind()
 
 
-def application(engine: Engine, chat: Chat, base: str, token: str) -> Starlette:
+def application(engine: Engine, chats: Chats, base: str, token: str) -> Starlette:
     """The ASGI application around an engine."""
-    server = Server(engine, chat, base)
+    server = Server(engine, chats, base)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -101,23 +102,27 @@ async def show_error(request: Request, error: Exception) -> Response:
 class Server:
     """The routes."""
 
-    def __init__(self, engine: Engine, chat: Chat, base: str) -> None:
-        self.engine, self.chat, self.base = engine, chat, base
+    def __init__(self, engine: Engine, chats: Chats, base: str) -> None:
+        self.engine, self.chats, self.base = engine, chats, base
 
     async def healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "base": self.base, "running": self.engine.num_running})
 
     async def prompt(self, request: Request) -> Response:
         """The ids that the model would be given for these messages: lets the training side check that it saw the same."""
-        return JSONResponse({"prompt_ids": self.chat.prompt(protocol.parse_messages(await request.body()))})
+        _, ids = await self._prompt(adapter_of(request), protocol.parse_messages(await request.body()))
+        return JSONResponse({"prompt_ids": ids})
 
     async def chat_completions(self, request: Request) -> Response:
         asked = protocol.parse(await request.body())
+        adapter = adapter_of(request)
+        chat, prompt_ids = await self._prompt(adapter, [m.plain() for m in asked.messages])
         answer = Answer(
             asked=asked,
             model=request.headers.get("x-tuneyard-model") or self.base,
-            prompt_ids=self.chat.prompt([m.plain() for m in asked.messages]),
-            adapter=request.headers.get("x-tuneyard-adapter", "").encode("latin-1").decode("utf-8") or None,
+            prompt_ids=prompt_ids,
+            stop_ids=chat.stop_ids,
+            adapter=adapter,
         )
         if not asked.stream:
             return JSONResponse(await answer.whole(self.engine))
@@ -125,17 +130,33 @@ class Server:
         first = await anext(events)  # what is wrong with the request shows here, while the status can still say so
         return StreamingResponse(sse(first, events), media_type="text/event-stream")
 
+    async def _prompt(self, adapter: str | None, messages: list[Message]) -> tuple[Chat, list[int]]:
+        """The chat of an adapter, and the ids it makes of messages; beside the event loop, because a template may take its time."""
+
+        def read() -> tuple[Chat, list[int]]:
+            chat = self.chats.of(adapter)
+            return chat, chat.prompt(messages)
+
+        return await asyncio.to_thread(read)
+
+
+def adapter_of(request: Request) -> str | None:
+    return request.headers.get("x-tuneyard-adapter", "").encode("latin-1").decode("utf-8") or None
+
 
 class Answer:
     """One chat completion in the making: `n` sequences from one prompt."""
 
-    def __init__(self, asked: protocol.ChatRequest, model: str, prompt_ids: list[int], adapter: str | None) -> None:
+    def __init__(
+        self, asked: protocol.ChatRequest, model: str, prompt_ids: list[int], stop_ids: frozenset[int], adapter: str | None
+    ) -> None:
         self.asked, self.num_prompt = asked, len(prompt_ids)
         self.head = (f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), model)
         self.requests = [
             GenerateRequest(
                 prompt_ids=prompt_ids,
                 adapter=adapter,
+                stop_ids=stop_ids,
                 max_tokens=asked.limit,
                 temperature=asked.temperature,
                 top_p=asked.top_p,

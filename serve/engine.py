@@ -22,6 +22,8 @@ class GenerateRequest:
     """0 = always the likeliest token."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probability reaches this."""
+    stop_ids: frozenset[int] | None = None
+    """Ids that end the answer; None = those of the base's own chat template."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     seed: int | None = None

@@ -185,7 +185,6 @@ class TransformersEngine:
     ) -> None:
         self._model = base_model.load(model_dir, dtype, attn=ATTENTION)
         self._chat = Chat.load(model_dir)
-        self._stop_ids = frozenset(self._chat.stop_ids)
         self._mix, shapes = make_adaptable(self._model)
         self._cache = SlotCache(self._model.config, dtype)
         self._dtype = dtype
@@ -349,7 +348,8 @@ class TransformersEngine:
         for row, id in zip(rows, ids, strict=True):
             row.last_id = id
             row.num_generated += 1
-            is_end = id in self._stop_ids
+            stop_ids = row.request.stop_ids
+            is_end = id in (self._chat.stop_ids if stop_ids is None else stop_ids)
             text = "" if is_end else row.text.push(id)
             reason = "stop" if is_end or row.text.stopped else "length" if row.num_generated == row.max_tokens else None
             if reason and not row.text.stopped:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from service.settings import Settings, make_home
 from trainers.errors import TuneyardError, UserError
+from trainers.records import DataReport
 from trainers.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -139,13 +140,15 @@ def demo(
 @keys.command("create")
 def create_key(project: Annotated[str, typer.Option(help="The project the key is for; made if need be.")], home: HomeOption = None) -> None:
     """Print a new key. It cannot be shown again."""
-    from service.store import Store
+    from service.store import Store, key_name
 
     settings = Settings.load(home=home)
     make_home(settings)
     store = Store(settings.database_url)
     store.migrate()
-    sys.stdout.write(store.create_key(project) + "\n")
+    key = store.create_key(project)
+    sys.stdout.write(key + "\n")
+    err.print(f"In reports this key is {key_name(key)}.")
     store.close()
 
 
@@ -184,7 +187,7 @@ def check(
     settings = Settings.load(home=home)
     with _reading() as show:
         report = survey(datajob.looking_at_everything(spec), ensure(base, settings.models, err.print), on_progress=show)
-    about = {"model": base.id, "template": spec.model.template, "max_length": spec.model.max_length, "train_on": spec.data.train_on}
+    about = datareport.about(spec)
     epoch = datareport.epoch_of(report, int(resolved.optim.batch_size), datajob.measured_speed(settings.runs, base.id))
     told = datareport.to_json(report, about, epoch)
     for path in output or []:
@@ -306,6 +309,7 @@ def show(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> No
         "finished": _when(wire["finished_at"]),
         "trained tokens": wire["trained_tokens"],
         "hyperparameters": ", ".join(f"{k} {v}" for k, v in wire["hyperparameters"].items()),
+        "data": _data_line(client, job),
         "error": (wire["error"] or {}).get("message"),
         "files": detail["run_dir"],
     }
@@ -313,6 +317,18 @@ def show(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> No
         if value not in (None, ""):
             table.add_row(name, _plain(str(value)))
     out.print(table)
+
+
+def _data_line(client: Client, job: str) -> str | None:
+    """The job's data report in one line, once there is one."""
+    import openai
+
+    from service import datareport
+
+    try:
+        return datareport.line(DataReport.model_validate(client.get(f"/tuneyard/jobs/{job}/report")))
+    except openai.NotFoundError:
+        return None
 
 
 @app.command()

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from service.report import duration
 from trainers.records import DataReport, Finding, SplitReport
+from trainers.spec import JobSpec
 
 NUM_BINS = 12
 """Bars of a length chart, at most."""
@@ -118,6 +119,12 @@ class Epoch:
         return f"{text}. Its time is known once a job on this base model has run here."
 
 
+def about(spec: JobSpec) -> dict[str, Any]:
+    """What a report is about, beside the data."""
+    model = spec.model
+    return {"model": model.base, "template": model.template, "max_length": model.max_length, "train_on": spec.data.train_on}
+
+
 def epoch_of(report: DataReport, batch_size: int, speed: tuple[float, str] | None = None) -> Epoch:
     """The cost of one epoch; `speed` is (tokens/s, the run it was measured in)."""
     train = report.train
@@ -135,10 +142,10 @@ def verdict(report: DataReport) -> str:
     blocking = [note for note in notes(report) if note.stops]
     read = sum(source.read for source in report.sources)
     if blocking:
-        return f"A job would not start: {' and '.join(f'{note.title.lower()} ({note.rows:,} of {read:,})' for note in blocking)}."
+        return f"Not ready: {' and '.join(f'{note.title.lower()} ({note.rows:,} of {read:,})' for note in blocking)}."
     if not report.train.examples:
-        return "A job would not start: no example is left to train on."
-    return f"A job would start: {report.train.examples:,} training and {report.validation.examples:,} validation examples."
+        return "Not ready: no example is left to train on."
+    return f"Ready: {report.train.examples:,} training and {report.validation.examples:,} validation examples."
 
 
 def notes(report: DataReport) -> list[Note]:

@@ -11,6 +11,8 @@ class LaunchOrder(Record):
     job_id: str
     model_name: str
     """The name that must answer when the job has succeeded (`ft:{base}:{org}:{suffix}:{id}`)."""
+    requested_by: str | None = None
+    """Who asked for the job: project and key, as the service knows them."""
     models: str
     """Folder where base models are cached."""
     stores: str

@@ -275,6 +275,7 @@ class Runner:
         order = LaunchOrder(
             job_id=job.id,
             model_name=job.model_name,
+            requested_by=job.request.get("requested_by"),
             models=str(self.settings.models),
             stores=str(self.settings.stores(job.project_id)),
             serve_url=self.link.serve_url(job.base),

@@ -74,7 +74,7 @@ class Job(Listed):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     status: Mapped[str] = mapped_column(index=True)
     request: Mapped[dict[str, Any]]
-    """What is echoed as asked: model, files, seed, suffix, hyperparameters, metadata, method."""
+    """What is echoed as asked (model, files, metadata), and `requested_by`: the project and the name of the key."""
     spec: Mapped[dict[str, Any]]
     """The whole JobSpec; its data paths are file ids."""
     base: Mapped[str]
@@ -422,6 +422,11 @@ def _own_event(job_id: str, message: str, level: str, data: dict[str, Any] | Non
     return JobEvent(
         id=new_id("ftevent-"), job_id=job_id, segment=None, created_at=time.time(), level=level, message=message, type="message", data=data
     )
+
+
+def key_name(key: str) -> str:
+    """What a key is called where it must not be shown: the beginning of its hash, enough to tell which one it was."""
+    return f"key_{_sha256(key)[:12]}"
 
 
 def _sha256(text: str) -> str:

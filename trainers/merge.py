@@ -20,12 +20,12 @@ from torch import Tensor
 from trainers import checkpoint, model
 from trainers.chat import Chat
 from trainers.errors import ModelError
-from trainers.records import ModelRecord, RunDir, sync_folder
+from trainers.records import TEMPLATE_FILE, ModelRecord, RunDir, sync_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "special_tokens_map.json",
     "generation_config.json",
     "config.json",
@@ -77,6 +77,19 @@ def write_merged(model_dir: Path, adapter: Path, out: Path) -> None:
     for name in (*TOKENIZER_FILES, "model.safetensors.index.json"):
         if (model_dir / name).exists():
             shutil.copyfile(model_dir / name, out / name)
+    if (adapter / TEMPLATE_FILE).exists():
+        carry_template(adapter, out)
+
+
+def carry_template(adapter: Path, out: Path) -> None:
+    """Give a model folder the template its adapter was trained with, and let generation end where that ends a turn."""
+    shutil.copyfile(adapter / TEMPLATE_FILE, out / TEMPLATE_FILE)
+    file = out / "generation_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    ends = sorted(Chat.load(out).stop_ids)
+    known = config.get("eos_token_id")
+    if set(ends) - {*(known if isinstance(known, list) else [known])}:
+        file.write_text(json.dumps({**config, "eos_token_id": ends}, indent=2), encoding="utf-8")
 
 
 def read_adapter(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:

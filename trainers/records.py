@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainers.errors import Fenced
 
 SCHEMA_VERSION = 1
+TEMPLATE_FILE = "chat_template.jinja"
+"""The chat template that a run's examples were rendered with: in the run directory, in every adapter's folder and in the merged model."""
 
 
 class Record(BaseModel):

@@ -10,6 +10,7 @@ killed and resumed is the run that was not.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from trainers.batching import Order
 from trainers.checkpoint import Progress
 from trainers.errors import UserError
 from trainers.parallel import World
-from trainers.records import CheckpointRecord, RunDir, StepRecord, TrainRecord
+from trainers.records import TEMPLATE_FILE, CheckpointRecord, RunDir, StepRecord, TrainRecord
 from trainers.spec import JobSpec
 from trainers.store import TokenStore
 
@@ -218,7 +219,13 @@ def save(
         valid_loss=record.valid_loss,
         valid_accuracy=record.valid_accuracy,
     )
-    checkpoint.save(run, parameters, optimizer, progress, manifest, lambda folder: lora.export(trainee.model, spec.method, base, folder))
+
+    def export(folder: Path) -> None:
+        lora.export(trainee.model, spec.method, base, folder)
+        if run.path(TEMPLATE_FILE).exists():
+            shutil.copyfile(run.path(TEMPLATE_FILE), folder / TEMPLATE_FILE)
+
+    checkpoint.save(run, parameters, optimizer, progress, manifest, export)
     checkpoint.prune(run, spec.checkpoint.keep_last, spec.checkpoint.keep_best)
     told = f", validation loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
     run.event(

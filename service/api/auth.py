@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from service.api.errors import Unauthorized
 from service.link import Link
 from service.settings import Settings
-from service.store import Project, Store
+from service.store import Project, Store, key_name
 
 
 def _settings(request: Request) -> Settings:
@@ -24,17 +24,26 @@ def _link(request: Request) -> Link:
     return request.app.state.link
 
 
-def _caller(request: Request, store: Annotated[Store, Depends(_store)]) -> Project:
+def _key(request: Request) -> str:
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise Unauthorized("There is no API key.", "Send `Authorization: Bearer KEY`; `tuneyard up` prints the first key.")
-    project = store.project_of(key.strip())
+    return key.strip()
+
+
+def _caller(key: Annotated[str, Depends(_key)], store: Annotated[Store, Depends(_store)]) -> Project:
+    project = store.project_of(key)
     if project is None:
         raise Unauthorized("The API key is not known here.", "Use the key that `tuneyard up` or `tuneyard keys create` printed.")
     return project
+
+
+def _requested_by(caller: Annotated[Project, Depends(_caller)], key: Annotated[str, Depends(_key)]) -> str:
+    return f"project {caller.name}, {key_name(key)}"
 
 
 Config = Annotated[Settings, Depends(_settings)]
 Db = Annotated[Store, Depends(_store)]
 Cluster = Annotated[Link, Depends(_link)]
 Caller = Annotated[Project, Depends(_caller)]
+RequestedBy = Annotated[str, Depends(_requested_by)]

@@ -30,6 +30,8 @@ EXTRA_HYPERPARAMETERS = {
     "max_grad_norm": "optim.max_grad_norm",
 }
 
+TEMPLATES = ("auto", "chatml", "llama2", "llama3", "mistral", "gemma", "alpaca", "vicuna")
+
 Auto = Literal["auto"]
 Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
 
@@ -76,8 +78,34 @@ class UnknownBase(UnknownModel):
     status = 400
 
 
-def build(body: Create, store: Store, project: Project) -> Job:
+def build(body: Create, store: Store, project: Project, requested_by: str) -> Job:
     """The job that the request asks for, not yet stored. Raises UserError (400 or 404) naming the field at fault."""
+    spec, base = spec_of(body, store, project)
+    suffix = body.suffix or (body.job or {}).get("name") or ""
+    id = new_id("ftjob-")
+    return Job(
+        id=id,
+        project_id=project.id,
+        status="validating_files",
+        request={
+            "model": body.model,
+            "training_file": body.training_file,
+            "validation_file": body.validation_file,
+            "metadata": body.metadata,
+            "requested_by": requested_by,
+        },
+        spec=spec.model_dump(mode="json"),
+        base=base.id,
+        model_name=f"ft:{base.id}:{project.name}:{suffix}:{id.removeprefix('ftjob-')}",
+        created_at=time.time(),
+        result_files=[],
+        attempt=0,
+        released=False,
+    )
+
+
+def spec_of(body: Create, store: Store, project: Project) -> tuple[JobSpec, Base]:
+    """The request as a spec whose data paths are ids of the project's files, and its base model. Raises UserError as `build` does."""
     try:
         base = find(body.model)
     except UnknownModel as error:
@@ -97,27 +125,10 @@ def build(body: Create, store: Store, project: Project) -> Job:
         resolve.defaults(spec, base)  # refuses what this base cannot do
     except SpecError as error:
         raise SpecError(error.message, error.remedy, f"job.{error.param}" if error.param else "job") from None
-    spec = _files_named(spec, store, project)
-    suffix = body.suffix or (body.job or {}).get("name") or ""
-    id = new_id("ftjob-")
-    return Job(
-        id=id,
-        project_id=project.id,
-        status="validating_files",
-        request={
-            "model": body.model,
-            "training_file": body.training_file,
-            "validation_file": body.validation_file,
-            "metadata": body.metadata,
-        },
-        spec=spec.model_dump(mode="json"),
-        base=base.id,
-        model_name=f"ft:{base.id}:{project.name}:{suffix}:{id.removeprefix('ftjob-')}",
-        created_at=time.time(),
-        result_files=[],
-        attempt=0,
-        released=False,
-    )
+    if spec.model.template not in TEMPLATES:
+        remedy = f"Use one of: {', '.join(TEMPLATES)}. A Jinja file can be given on the command line only."
+        raise SpecError(f"`model.template` is `{spec.model.template}`.", remedy, "job.model.template")
+    return _files_named(spec, store, project), base
 
 
 def echo_hyperparameters(spec: JobSpec, base: Base) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request
 
 from service.api import create
-from service.api.auth import Caller, Config, Db
+from service.api.auth import Caller, Config, Db, RequestedBy
 from service.api.errors import NotFound
 from service.settings import Settings
 from service.store import Checkpoint, Job, JobEvent, Once, Project, Store
@@ -70,9 +70,14 @@ def existing(store: Store, project: Project, job_id: str) -> Job:
 
 @router.post("")
 def create_job(
-    settings: Config, store: Db, caller: Caller, body: create.Create, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+    settings: Config,
+    store: Db,
+    caller: Caller,
+    requested_by: RequestedBy,
+    body: create.Create,
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> dict[str, Any]:
-    job = create.build(body, store, caller)
+    job = create.build(body, store, caller, requested_by)
     once = None
     if idempotency_key:
         digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()

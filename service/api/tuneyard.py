@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
+from pydantic import Field
 
 from service.api.auth import Caller, Cluster, Config, Db
+from service.api.create import Create, spec_of
 from service.api.errors import NotFound
+from service.api.files import existing as existing_file
 from service.api.jobs import existing
 from service.runner import attempt_log
 from service.settings import Settings
-from trainers.errors import Unavailable
+from trainers.errors import Unavailable, UserError
+from trainers.fetch import ensure
+from trainers.preview import preview as look
 from trainers.records import RunDir, StageProgress
 
 router = APIRouter(prefix="/v1/tuneyard")
@@ -32,6 +37,39 @@ def status(store: Db, link: Cluster, caller: Caller) -> dict[str, Any]:
     counts = {name: sum(job.status == name for job in mine) for name in ("validating_files", "queued", "running")}
     apps = [{"base": row.base, "status": row.status, "message": row.message} for row in store.demand()]
     return {"object": "tuneyard.status", "project": caller.name, "cluster": cluster, "apps": apps, "jobs": counts}
+
+
+class PreviewRequest(Create):
+    """A job as POST /v1/fine_tuning/jobs takes it; `job` alone is enough. And which of its rows."""
+
+    model: str = ""
+    training_file: str = ""
+    limit: Annotated[int, Field(ge=1, le=20)] = 3
+    skip: Annotated[int, Field(ge=0, le=10_000)] = 0
+
+
+@router.post("/preview")
+def preview(settings: Config, store: Db, caller: Caller, body: PreviewRequest) -> dict[str, Any]:
+    """The first examples of a job as tokens with weights. No more of the data is read than is shown."""
+    spec, base = spec_of(_named(body), store, caller)
+
+    def path_of(file_id: str) -> str:
+        return str(settings.home / existing_file(store, caller, file_id).path)
+
+    return look(spec.with_paths(path_of), ensure(base, settings.models), body.limit, body.skip).model_dump(mode="json")
+
+
+def _named(body: PreviewRequest) -> PreviewRequest:
+    """The request with model and training file taken from `job`, where only that names them."""
+    job = body.job or {}
+    model, data = (part if isinstance(part := job.get(name), dict) else {} for name in ("model", "data"))
+    train = data.get("train")
+    first = train[0] if isinstance(train, list) and train and isinstance(train[0], dict) else {}
+    names = {"model": body.model or model.get("base"), "training_file": body.training_file or first.get("path")}
+    for name, value in names.items():
+        if not isinstance(value, str) or not value:
+            raise UserError(f"`{name}` is missing.", "Give it, or a whole `job`.", name)
+    return body.model_copy(update=names)
 
 
 @router.get("/jobs/{job_id}")

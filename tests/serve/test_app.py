@@ -16,7 +16,7 @@ import pytest
 from serve.deploy import application, deploy
 from trainers.chat import Chat
 from trainers.errors import Unavailable
-from trainers.records import DeployRecord, ModelRecord, RunDir
+from trainers.records import TEMPLATE_FILE, DeployRecord, ModelRecord, RunDir
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -140,6 +140,42 @@ def test_a_client_that_leaves_stops_its_generation(served) -> None:
     while httpx.get(f"{served.url}/healthz").json()["running"] and time.monotonic() < deadline:
         time.sleep(0.02)
     assert httpx.get(f"{served.url}/healthz").json()["running"] == 0
+
+
+# -- adapters with a template of their own ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kind(served, tiny: Path, tmp_path: Path) -> tuple[RunDir, ModelRecord, Chat]:
+    """A run whose model was trained with another template than its base's, and the chat of that."""
+    run, model = run_with("adapters/kind", tmp_path / "run")
+    shutil.copytree(served.adapters[0], run.path(model.adapter))
+    template = (tiny / TEMPLATE_FILE).read_text().replace("Be helpful.", "Be kind to all who ask.")
+    run.path(model.adapter, TEMPLATE_FILE).write_text(template)
+    return run, model, Chat.load(tiny, template)
+
+
+def test_an_adapter_is_asked_with_the_template_it_was_trained_with(served, tiny: Path, kind: tuple[RunDir, ModelRecord, Chat]) -> None:
+    run, model, chat = kind
+    assert len(chat.prompt(MESSAGES)) != len(Chat.load(tiny).prompt(MESSAGES))
+    assert ask(served, str(run.path(model.adapter))).usage.prompt_tokens == len(chat.prompt(MESSAGES))
+    assert ask(served, served.adapters[0]).usage.prompt_tokens == ask(served).usage.prompt_tokens == len(Chat.load(tiny).prompt(MESSAGES))
+    assert deploy(run, model, "ft:tiny:kind", served.url, served.token, chat).model == "ft:tiny:kind"
+
+
+def test_deploy_refuses_an_adapter_that_lost_its_template(served, kind: tuple[RunDir, ModelRecord, Chat]) -> None:
+    run, model, chat = kind
+    run.path(model.adapter, TEMPLATE_FILE).unlink()
+    with pytest.raises(Unavailable, match="other tokens"):
+        deploy(run, model, "ft:tiny:kind", served.url, served.token, chat)
+
+
+def test_an_adapter_with_an_unusable_template(served, kind: tuple[RunDir, ModelRecord, Chat]) -> None:
+    run, model, _ = kind
+    run.path(model.adapter, TEMPLATE_FILE).write_text("{% for m in messages %}{{ m.content }}")
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(served, str(run.path(model.adapter)))
+    assert caught.value.code == "invalid_template"
 
 
 # -- the deploy stage --------------------------------------------------------------------------------------------------

@@ -201,6 +201,13 @@ def test_end_of_turn_is_not_text(engine: TransformersEngine, tiny: Path) -> None
         assert text_of(events) == Chat.load(tiny).decode(ids_of(events))
 
 
+def test_a_request_says_which_ids_end_it(engine: TransformersEngine) -> None:
+    plain = ids_of(ask(engine, greedy(prompt_ids=prompt(8), max_tokens=20))[0])
+    last = plain[5]
+    events = ask(engine, greedy(prompt_ids=prompt(8), max_tokens=20, stop_ids=frozenset({last})))[0]
+    assert ids_of(events) == plain[: plain.index(last) + 1] and events[-1].finish_reason == "stop" and events[-1].text == ""
+
+
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 

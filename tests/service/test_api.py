@@ -13,6 +13,8 @@ from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from servicekit import BASE, Service, rows, service_on
 
+from service.store import key_name
+
 JOBS = "/fine_tuning/jobs"
 
 
@@ -140,7 +142,9 @@ def test_a_new_job_in_full(service: Service) -> None:
     assert client.fine_tuning.jobs.retrieve(job.id) == job
     stored = service.store.job(job.organization_id, job.id)
     assert stored and stored.model_name == f"ft:{BASE}:acme:tasks:{job.id.removeprefix('ftjob-')}"
-    assert stored.spec["data"]["validation"] == [{"path": held_out, "format": "auto", "name": "train.jsonl"}]
+    [validation] = stored.spec["data"]["validation"]
+    assert (validation["path"], validation["name"]) == (held_out, "train.jsonl")
+    assert stored.request["requested_by"] == f"project acme, {key_name(client.api_key)}" and client.api_key not in str(stored.request)
 
 
 @pytest.mark.parametrize("place", ["hyperparameters", "method"])

@@ -68,7 +68,7 @@ def shown(report: DataReport, width: int = 100, **more: object) -> str:
 
 def test_what_stops_a_job_decides_the_verdict_and_comes_first() -> None:
     bad, good = report(DUPLICATES, CONFLICTS, REFUSED), report(DUPLICATES, CONFLICTS)
-    assert not datareport.starts(bad) and datareport.verdict(bad) == "A job would not start: refused rows (3 of 703)."
+    assert not datareport.starts(bad) and datareport.verdict(bad) == "Not ready: refused rows (3 of 703)."
     assert datareport.starts(good) and "700 training" in datareport.verdict(good)
     assert [note.title for note in datareport.notes(bad)] == ["Refused rows", "Duplicates", "Conflicts"]
     assert not datareport.starts(report(examples=0)) and "no example is left" in datareport.verdict(report(examples=0))
