@@ -248,7 +248,7 @@ class JobSpec(Part):
 
     @classmethod
     def load(cls, path: str | Path) -> JobSpec:
-        """Read a YAML or JSON file; relative data paths are taken from the file's own folder."""
+        """Read a YAML or JSON file; relative paths of data and of a template are taken from the file's own folder."""
         path = Path(path)
         try:
             value = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -257,6 +257,9 @@ class JobSpec(Part):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}.", "Mend the line it names.") from None
         spec = cls.parse(value)
+        template = spec.model.template
+        if template.endswith(".jinja") or "/" in template:
+            spec = spec.model_copy(update={"model": spec.model.model_copy(update={"template": str((path.parent / template).resolve())})})
         return spec.with_paths(lambda p: p if "://" in p else str((path.parent / p).resolve()))
 
     def with_paths(self, change: Any) -> JobSpec:
