@@ -1,8 +1,12 @@
-"""Messages -> token ids and loss weights. Pure; the data workers, the proof and the server all come through here.
+"""Conversations -> token ids and what is supervised. Pure; the data workers, the proof and the server all come through here.
 
-A conversation is rendered by the model's own chat template and encoded turn by turn: every assistant turn starts a fresh
-piece, ids = encode(prefix) + encode(answer). So what training puts before an answer is, id for id, what the server sends
-when it asks for that answer.
+A conversation's text is what the chat template renders. It is encoded piece by piece, and every assistant turn starts a fresh
+piece: ids = encode(prefix) + encode(answer). So what training puts before an answer is, id for id, what the server sends when
+it asks for that answer.
+
+Two ways lead to the pieces. Where the template was traced to copy texts without looking at them (`Template.skeleton`), all
+conversations of one shape (the same roles) share a `Plan`, and nothing is rendered: texts fill its blanks. Every other
+conversation (tools, reasoning, templates that look at texts) is rendered, and so is what stands before each of its answers.
 
 Two kinds of special token are kept apart. *Control* tokens are those that the template writes (and bos, eos, pad, unk):
 they become their ids, and are refused inside message text. All other special strings (`<filename>`, say) are plain text
@@ -15,57 +19,97 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import numpy as np
 from tokenizers import Tokenizer
 
-from trainers.errors import DataError, TemplateError
+from trainers.errors import DataError, TemplateError, UserError
+from trainers.template import Ask, Blank, Skeleton, Slot, Template, builtin, builtin_names, fill, load_template
+from trainers.tokens import Backend, Encoder, Place, byte_table
 
 ROLES = ("system", "user", "assistant", "tool")
-MASK_VERSION = 1  # raise it whenever ids or weights of any conversation change: it is part of every token store's key
+MASK_VERSION = 2  # raise it whenever ids or weights of any conversation change: it is part of every token store's key
 
 Message = dict[str, Any]
-"""`{"role": one of ROLES, "content": str}`; an assistant message may carry `"weight": 0` (context only, not trained)."""
+"""`{"role": one of ROLES, "content": str}`. An assistant's may carry `weight` (0: context only), `reasoning` (str) and `tool_calls`
+(`[{"name": str, "arguments": str of JSON[, "id": str]}]`); others `name` and, a tool's, `tool_call_id`."""
 
 _PROBE: list[Message] = [{"role": "user", "content": "Hello, what is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+_PLAIN = frozenset({"role", "content", "weight"})
 
-_OTHER_MODEL = "Choose another base model, or give its folder another chat_template.jinja."
+_OTHER_MODEL = "Choose another base model or another `model.template`."
 
 
 @dataclass(frozen=True)
 class Example:
-    """A whole conversation: `weights[t]` is the loss weight of token `t` as a target; `weights[0] == 0`."""
+    """A conversation, or its beginning, ready to train on."""
 
-    ids: list[int]
-    weights: list[float]
+    ids: np.ndarray
+    """int32 [T]."""
+    spans: tuple[tuple[int, int], ...]
+    """Supervised stretches [start, stop) of tokens, in order; the first token of all is never supervised."""
+    stop: int
+    """It holds the first `stop` messages: all of them, unless the template had to be rendered turn by turn."""
+
+    @property
+    def weights(self) -> list[float]:
+        """Loss weight of each token as a target."""
+        weights = [0.0] * len(self.ids)
+        for start, stop in self.spans:
+            weights[start:stop] = [1.0] * (stop - start)
+        return weights
+
+
+class Plan(NamedTuple):
+    """How the conversations of one shape become ids: fixed ids, a text, fixed ids, a text, ..., fixed ids."""
+
+    fixed: tuple[np.ndarray, ...]
+    """int32; one more than there are texts."""
+    texts: tuple[Skeleton, ...]
+    """Parts of each text."""
+    places: tuple[Place, ...]
+    """Where each text stands."""
+    turns: tuple[tuple[int, int, int, int, int], ...]
+    """(message, fixed tokens before it, texts before it, fixed tokens before its end, texts before its end) of each assistant turn."""
+
+    def pieces(self, num_fixed: int, num_texts: int) -> list[Any]:
+        """The first `num_fixed` fixed tokens and `num_texts` texts, in order."""
+        pieces: list[Any] = []
+        for n, ids in enumerate(self.fixed[: num_texts + 1]):
+            pieces += [*ids[: max(num_fixed, 0)].tolist(), *([(self.texts[n], self.places[n])] if n < num_texts else [])]
+            num_fixed -= len(ids)
+        return pieces
 
 
 class Chat:
     """A model's tokenizer and chat template. Thread-safe, and cheap to pickle towards a process that had it before."""
 
-    def __init__(self, tokenizer_json: str, special: dict[str, str], template: str) -> None:
+    def __init__(self, tokenizer_json: str, special: dict[str, str], template: str, backend: Backend = "hf") -> None:
         """`special` maps bos_token, eos_token, pad_token and unk_token to their text, as far as the model has them."""
         self._source = (tokenizer_json, special, template)
+        self.tokenizer_json = tokenizer_json
+        self.backend = backend
         self.template = template
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest()
         self.tokenizer_sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._plain = Tokenizer.from_str(tokenizer_json)
-        self._plain.encode_special_tokens = True  # reads special strings as the plain text that they are in a message
-        for tokenizer in (self.tokenizer, self._plain):
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        self._special = special
-        self._template = _compile(template)
-        self._encode_short = functools.lru_cache(maxsize=1024)(self._encode_plain)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.encoder = Encoder(tokenizer_json, backend)
+        self._template = Template(template, special)
+        self._plans: dict[tuple[tuple[Slot, ...], bool], Plan | None] = {}
+        self._prefixed: dict[tuple[Slot, ...] | None, bool] = {}
 
-        rendered = self.render(_PROBE) + self.render(_PROBE[:1], add_generation_prompt=True)
+        asked = [Ask(self._wire(_PROBE), None, False), Ask(self._wire(_PROBE[:1]), None, True)]
+        rendered = [self._or_raise(text) for text in self._template.render(asked)]
         added = {t.content: id for id, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
-        self.control = {text: id for text, id in added.items() if text in template or text in rendered or text in special.values()}
+        written = template + "".join(rendered)
+        self.control = {text: id for text, id in added.items() if text in written or text in special.values()}
         """Text -> id of each control token."""
         if not self.control:
             raise TemplateError("The chat template writes no special token, so a turn has no end.", _OTHER_MODEL)
@@ -77,14 +121,22 @@ class Chat:
                 f"The eos token {special.get('eos_token')!r} is not a special token of the tokenizer.", "Mend tokenizer_config.json."
             )
         self.eos_id: int = self.control[special["eos_token"]]
-        self.end_of_turn = self._find_end_of_turn()
+        self.end_of_turn = self._find_end_of_turn(rendered[0])
         """Text of the control token that closes an assistant turn."""
-        self.stop_ids = frozenset({self.control[self.end_of_turn], self.eos_id})
-        self._check_tokenizer()
+        ends = {self.end_of_turn, special["eos_token"], "<|eom_id|>"}  # the last one closes Llama 3's calls of built-in tools
+        self.ends = frozenset(ends & set(self.control))
+        """Texts of all control tokens that may close an assistant turn."""
+        self.stop_ids = frozenset(self.control[text] for text in self.ends)
+        begin = special.get("bos_token", "")
+        self._bos = [self.control[begin]] if begin and rendered[0].startswith(begin) else []
+        self._check_tokenizer(rendered[0])
 
     @classmethod
-    def load(cls, model_dir: Path) -> Chat:
-        """Read a Hugging Face folder: tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja."""
+    def load(cls, model_dir: Path, template: str = "auto", backend: Backend = "hf") -> Chat:
+        """Read a Hugging Face folder: tokenizer.json, tokenizer_config.json and, for `auto`, its own chat template.
+
+        `template` is a spec's `model.template`, or a template's text. Raises TemplateError.
+        """
         model_dir = Path(model_dir)
         try:
             tokenizer_json = (model_dir / "tokenizer.json").read_text(encoding="utf-8")
@@ -93,138 +145,428 @@ class Chat:
             raise TemplateError(
                 f"{model_dir.name} has no readable tokenizer: {error}.", "It needs tokenizer.json and tokenizer_config.json."
             ) from None
-        file = model_dir / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-        if isinstance(template, list):  # several named templates; "default" is the one for plain conversations
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
-        if not template:
-            raise TemplateError(f"{model_dir.name} has no chat template.", "Use an instruct model, or add chat_template.jinja.")
         special = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             value = config.get(name)
             value = value["content"] if isinstance(value, dict) else value
             if value is not None:
                 special[name] = value
-        return cls(tokenizer_json, special, template)
+        return cls(tokenizer_json, special, _template_source(model_dir, config, template, tokenizer_json), backend)
+
+    def with_backend(self, backend: Backend) -> Chat:
+        """The same chat on another tokenizer backend."""
+        return self if backend == self.backend else _shared(self._source[0], tuple(self._source[1].items()), self._source[2], backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
         tokenizer_json, special, template = self._source
-        return _shared, (tokenizer_json, tuple(special.items()), template)
+        return _shared, (tokenizer_json, tuple(special.items()), template, self.backend)
 
-    # -- the two ways in ---------------------------------------------------------------------------------------------
+    # -- the ways in -------------------------------------------------------------------------------------------------
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def prompt(self, messages: list[Message], tools: str | None = None) -> list[int]:
         """Ids to send to the model so that it writes the next assistant turn."""
-        return self._encode(messages, add_generation_prompt=True)[0]
+        if (slots := _shape(messages, tools)) and (plan := self._plan(slots, True)):
+            texts = self._fill(plan, messages)
+            self._refuse_control_tokens(messages, tools, texts)
+            pieces: list[Sequence[int]] = [plan.fixed[0].tolist()]
+            for text, place, fixed in zip(texts, plan.places, plan.fixed[1:], strict=True):
+                pieces += [self.encoder.encode(text, place), fixed.tolist()]
+            return [i for piece in pieces for i in piece]
+        self._refuse_control_tokens(messages, tools)
+        turns = _turns(messages)
+        text, *prefixes = self._renders([(len(messages), True), *((k, True) for k in turns)], messages, tools)
+        return self._cut(text, dict(zip(turns, prefixes, strict=True)))[0]
 
-    def prompts(self, messages: list[Message]) -> dict[int, list[int]]:
-        """`prompt(messages[:k])` for the index k of every assistant turn; no prefix is rendered twice."""
-        prefixes: dict[int, str] = {}
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        return {k: self._encode(messages[:k], add_generation_prompt=True, prefixes=prefixes)[0] for k in turns}
+    def prompts(self, messages: list[Message], tools: str | None = None) -> dict[int, list[int]]:
+        """`prompt` of what stands before each assistant turn, by the turn's index."""
+        return {k: self.prompt(messages[:k], tools) for k in _turns(messages)}
 
-    def example(self, messages: list[Message], train_on: str = "assistant") -> Example:
-        """Ids and weights of a whole conversation; supervised are the assistant's text and its end-of-turn token, nothing else.
+    def example(self, messages: list[Message], train_on: str = "assistant", tools: str | None = None) -> Example:
+        """One conversation as one example; raises what `examples` gives, and TemplateError where it would take several examples."""
+        (made,) = self.examples([{"messages": messages, "tools": tools}], train_on)
+        if isinstance(made, UserError):
+            raise made
+        if len(made) > 1:
+            raise TemplateError("The chat template rewrites earlier turns.", "Train on the last answer only.")
+        return made[0]
 
-        `train_on` is "assistant" (every assistant turn) or "last_assistant". Raises DataError for text with control tokens and
-        for a conversation without a supervised token, TemplateError where the template cannot render it.
+    def examples(
+        self, conversations: Sequence[dict[str, Any]], train_on: str = "assistant", reasoning: str = "train"
+    ) -> list[list[Example] | UserError]:
+        """Examples of each conversation, or why it makes none; supervised are the assistant's text and its end-of-turn token, nothing else.
+
+        Mostly one example each; one for every trained turn where the template rewrites earlier turns (drops old reasoning, say).
+        `train_on` is "assistant" (every assistant turn of weight 1) or "last_assistant"; `reasoning` is `data.reasoning` of the spec
+        ("drop" is the caller's: it removes the key). DataError: control tokens in text, nothing to train on. TemplateError: not renderable.
         """
-        ids, turns = self._encode(messages, add_generation_prompt=False)
-        weights = [0.0] * len(ids)
-        for index, start, stop in turns[-1:] if train_on == "last_assistant" else turns:
-            if messages[index].get("weight", 1):
-                weights[start:stop] = [1.0] * (stop - start)
-        if not any(weights):
-            raise DataError("No assistant turn is trained.", "Give at least one assistant message a weight of 1, or remove the example.")
-        return Example(ids, weights)
+        made: list[list[Example] | UserError | None] = [None] * len(conversations)
+        planned: list[tuple[int, Plan, list[str], list[int], int]] = []
+        slow: list[int] = []
+        for i, conversation in enumerate(conversations):
+            messages, tools = conversation["messages"], conversation.get("tools")
+            try:
+                if conversation.get("text"):
+                    made[i] = [self._plain_text(messages[0]["content"])]
+                    continue
+                turns = trained_turns(messages, train_on)
+                if not turns:
+                    raise DataError(
+                        "No assistant turn is trained.", "Give at least one assistant message a weight of 1, or remove the example."
+                    )
+                slots = _shape(messages, tools)
+                plan = self._plan(slots, False) if slots else None
+                if plan is None:
+                    self._refuse_control_tokens(messages, tools)
+                    slow.append(i)
+                else:
+                    texts = self._fill(plan, messages)
+                    self._refuse_control_tokens(messages, tools, texts)
+                    planned.append((i, plan, texts, turns, len(messages)))
+            except UserError as error:
+                made[i] = error
+        self._assemble(planned, made)
+        self._render_and_cut(slow, conversations, train_on, reasoning, made)
+        return made  # type: ignore[return-value]  # every place was filled
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without control tokens."""
         control = set(self.control.values())
         return self.tokenizer.decode([i for i in ids if i not in control], skip_special_tokens=False)
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], add_generation_prompt: bool = False, tools: str | None = None) -> str:
         """The template's text of a conversation."""
-        try:
-            return self._template.render(
-                messages=[{"role": m["role"], "content": m["content"]} for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special,
+        return self._renders([(len(messages), add_generation_prompt)], messages, tools)[0]
+
+    def render_all(self, asked: list[tuple[list[Message], str | None, bool]]) -> list[str | TemplateError]:
+        """The template's text of many conversations: (messages, tools, whether to ask for an answer)."""
+        return self._template.render(
+            [Ask(self._wire(messages), json.loads(tools) if tools else None, gen) for messages, tools, gen in asked]
+        )
+
+    # -- what the proof asks -----------------------------------------------------------------------------------------
+
+    def planned(self, conversation: dict[str, Any]) -> bool:
+        """Whether the template copies this conversation's texts without looking at them."""
+        slots = _shape(conversation["messages"], conversation.get("tools")) if not conversation.get("text") else None
+        return bool(slots) and self._plan(slots, False) is not None
+
+    def prompts_are_prefixes(self, messages: list[Message]) -> bool:
+        """Whether every prompt of a planned conversation is made of the very pieces that stand before the answer in training."""
+        slots = _shape(messages, None)
+        if slots not in self._prefixed:
+            plan = self._plan(slots, False) if slots else None
+            prompts = {k: self._plan(slots[:k], True) for k in _turns(messages)} if slots else {}
+            self._prefixed[slots] = plan is not None and all(
+                prompt is not None and prompt.pieces(sum(map(len, prompt.fixed)), len(prompt.texts)) == plan.pieces(fixed, texts)
+                for (_, fixed, texts, _, _), prompt in zip(plan.turns, prompts.values(), strict=True)
             )
-        except Exception as error:  # a template is a program: it may raise anything
-            raise TemplateError(
-                f"The model's chat template refuses the conversation: {error}.", "Change the order or the roles of its messages."
-            ) from None
+        return self._prefixed[slots]
 
-    # -- how ---------------------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def bytes_of(self) -> list[bytes]:
+        """What each id says, as bytes."""
+        return byte_table(self._source[0])
 
-    def _encode(
-        self, messages: list[Message], add_generation_prompt: bool, prefixes: dict[int, str] | None = None
-    ) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Ids of the conversation and, for each assistant turn, (message index, first id, one past its end-of-turn token).
+    @functools.cached_property
+    def num_bytes_of(self) -> np.ndarray:
+        """Length of what each id says, int32 [vocabulary]."""
+        return np.array([len(said) for said in self.bytes_of], np.int32)
 
-        `prefixes` remembers, for a caller that asks about one conversation again and again, the render of its first k messages.
-        """
-        prefixes = {} if prefixes is None else prefixes
+    def says(self, ids: Sequence[int]) -> bytes:
+        """What these ids say."""
+        return b"".join(map(self.bytes_of.__getitem__, ids))
 
-        def prefix_of(index: int) -> str:
-            if index not in prefixes:
-                prefixes[index] = self.render(messages[:index], add_generation_prompt=True)
-            return prefixes[index]
+    def said(self, text: str, cuts: Sequence[int] = ()) -> bytes:
+        """What the ids of a rendered text must say, after the tokenizer's normaliser; `cuts` are the characters where answers begin."""
+        return b"".join(self.encoder.said(piece, place) if place else piece.encode() for piece, place in self._pieces(text, cuts))
 
-        self._refuse_control_tokens(messages)
-        text = prefix_of(len(messages)) if add_generation_prompt else self.render(messages)
-        ids: list[int] = []
+    def text_said(self, text: str) -> bytes:
+        """The same for a row of plain text, which is trained as it is."""
+        begin = b"".join(self.bytes_of[id] for id in self._bos)
+        return begin + self.encoder.said(text, "after" if self._bos else "start") + self.bytes_of[self.eos_id]
+
+    def encode_rendered(self, text: str, cuts: Sequence[int]) -> list[int]:
+        """Ids of a rendered text, its answers beginning at these characters."""
+        pieces = [
+            [self.control[piece]] if place is None else self.encoder.encode(piece, place) for piece, place in self._pieces(text, cuts)
+        ]
+        return [id for piece in pieces for id in piece]
+
+    def cuts(self, messages: list[Message], tools: str | None, text: str) -> list[int]:
+        """The characters of a rendered text at which an answer's encoding begins afresh."""
+        prefixes = self._renders([(k, True) for k in _turns(messages)], messages, tools)
+        return [len(prefix) for prefix in prefixes if text.startswith(prefix)]
+
+    @staticmethod
+    def tool_names(tools: str | None) -> list[str]:
+        """Names of the functions on offer."""
+        return [tool["function"]["name"] for tool in json.loads(tools)] if tools else []
+
+    # -- by plan -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, slots: tuple[Slot, ...], generation_prompt: bool) -> Plan | None:
+        key = (slots, generation_prompt)
+        if key not in self._plans:
+            if len(self._plans) >= 4096:  # of millions of shapes, few come twice
+                self._plans.clear()
+            self._plans[key] = self._make_plan(slots, generation_prompt)
+        return self._plans[key]
+
+    def _make_plan(self, slots: tuple[Slot, ...], generation_prompt: bool) -> Plan | None:
+        """Cut the skeleton where answers begin and end; None where that cannot be said for every text of this shape."""
+        whole = self._template.skeleton(slots, generation_prompt)
+        if whole is None:
+            return None
+        starts: dict[int, tuple[int, int]] = {}  # assistant message -> (part, offset in it) where its turn begins
+        for k, slot in enumerate(slots):
+            if slot.role == "assistant":
+                prefix = self._template.skeleton(slots[:k], True)
+                at = _follow(prefix, whole) if prefix is not None else None
+                if at is None:
+                    return None
+                starts[k] = at
+
+        fixed: list[list[int]] = [[]]
+        texts: list[Skeleton] = []
+        places: list[Place] = []
         turns = []
-        at = 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prefix = prefix_of(index)
-            if not text.startswith(prefix) or len(prefix) < at:
-                raise TemplateError(
-                    f"The chat template rewrites what came before message {index + 1} (assistant).",
-                    "Begin with a system or user message; a template that changes earlier turns cannot be trained on several turns.",
-                )
-            end = self.control_pattern.search(text, len(prefix))  # message text holds no control token: this is the template's own
-            if end is None or end[0] != self.end_of_turn:
-                raise TemplateError(
-                    f"The chat template does not close message {index + 1} (assistant) with {self.end_of_turn}.", _OTHER_MODEL
-                )
-            ids += self._encode_text(text[at : len(prefix)])
-            start = len(ids)
-            ids += self._encode_text(text[len(prefix) : end.end()])
-            turns.append((index, start, len(ids)))
-            at = end.end()
-        ids += self._encode_text(text[at:])
-        return ids, turns
+        open_turn: tuple[int, int, int] | None = None
+        piece: list[str | Blank] = []
+        place: Place = "start"
 
-    def _encode_text(self, text: str) -> list[int]:
-        """Control tokens become their ids, all between them is encoded as plain text."""
-        ids: list[int] = []
-        for i, piece in enumerate(self._split.split(text)):
-            if i % 2:
-                ids.append(self.control[piece])
+        def flush() -> None:
+            nonlocal place
+            if any(isinstance(part, Blank) for part in piece):
+                texts.append(tuple(piece))
+                places.append(place)
+                fixed.append([])
             elif piece:
-                ids += self._encode_short(piece) if len(piece) <= 1024 else self._encode_plain(piece)
-        return ids
+                fixed[-1] += self.encoder.encode("".join(map(str, piece)), place)
+            if piece:
+                place = "continue"
+            piece.clear()
 
-    def _encode_plain(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        def here() -> tuple[int, int]:
+            return sum(map(len, fixed)), len(texts)
 
-    def _refuse_control_tokens(self, messages: list[Message]) -> None:
-        for index, message in enumerate(messages):
-            if found := self.control_pattern.search(message["content"]):
-                raise DataError(
-                    f"Message {index + 1} ({message['role']}) contains {found[0]}, a control token of the model's chat template.",
-                    "Remove it or spell it otherwise; text must not be able to end a turn or start one.",
-                    "messages",
+        for number, part in enumerate(whole):
+            cuts = sorted((offset, k) for k, (n, offset) in starts.items() if n == number)
+            literal, at = (part, 0) if isinstance(part, str) else ("", 0)
+            for offset, k in [*cuts, (len(literal), -1)]:
+                for text in self._split.split(literal[at:offset]):
+                    if text in self.control:
+                        flush()
+                        fixed[-1].append(self.control[text])
+                        place = "after"
+                        if open_turn is not None and text in self.ends:
+                            turns.append((*open_turn, *here()))
+                            open_turn = None
+                    elif text:
+                        piece.append(text)
+                at = offset
+                if k >= 0:
+                    if open_turn is not None:
+                        return None  # the turn before has no end
+                    flush()
+                    open_turn = (k, *here())
+            if isinstance(part, Blank):
+                if open_turn is not None and part.message != open_turn[0]:
+                    return None  # another message's text inside an answer
+                piece.append(part)
+        flush()
+        if open_turn is not None or len(turns) != len(starts):
+            return None
+        return Plan(tuple(np.array(ids, np.int32) for ids in fixed), tuple(texts), tuple(places), tuple(turns))
+
+    @staticmethod
+    def _fill(plan: Plan, messages: list[Message]) -> list[str]:
+        contents = [message["content"] for message in messages]
+        return [fill(text, contents) for text in plan.texts]
+
+    def _assemble(self, planned: list[tuple[int, Plan, list[str], list[int], int]], made: list[list[Example] | UserError | None]) -> None:
+        """Encode all texts at once and put ids and spans together."""
+        all_texts = [text for _, _, texts, _, _ in planned for text in texts]
+        ids, offsets = self.encoder.encode_all(all_texts, [place for _, plan, _, _, _ in planned for place in plan.places])
+        bounds = offsets.tolist()
+        at = 0
+        for i, plan, texts, trained, length in planned:
+            stop = at + len(texts)
+            parts = [plan.fixed[0]]
+            for n, fixed in zip(range(at, stop), plan.fixed[1:], strict=True):
+                parts += (ids[bounds[n] : bounds[n + 1]], fixed)
+            spans = tuple(
+                (before + bounds[at + texts_before] - bounds[at], before_end + bounds[at + texts_before_end] - bounds[at])
+                for message, before, texts_before, before_end, texts_before_end in plan.turns
+                if message in trained
+            )
+            made[i] = [Example(np.concatenate(parts), spans, length)]
+            at = stop
+
+    # -- by rendering ------------------------------------------------------------------------------------------------
+
+    def _render_and_cut(
+        self,
+        slow: list[int],
+        conversations: Sequence[dict[str, Any]],
+        train_on: str,
+        reasoning: str,
+        made: list[list[Example] | UserError | None],
+    ) -> None:
+        """Render these conversations whole and before each answer; where that does not fit together, turn by turn."""
+        asked: list[tuple[list[Message], str | None, bool]] = []
+        for i in slow:
+            messages, tools = conversations[i]["messages"], conversations[i].get("tools")
+            asked.append((messages, tools, False))
+            asked += [(messages[:k], tools, True) for k in _turns(messages)]
+            asked += [(messages[: k + 1], tools, False) for k in trained_turns(messages, train_on)]
+        answers = iter(self.render_all(asked))
+        for i in slow:
+            messages = conversations[i]["messages"]
+            turns, trained = _turns(messages), trained_turns(messages, train_on)
+            found = [next(answers) for _ in range(1 + len(turns) + len(trained))]
+            try:
+                text, *rest = [self._or_raise(answer) for answer in found]
+                prefixes = dict(zip(turns, rest, strict=False))
+                alone = dict(zip(trained, rest[len(turns) :], strict=True))
+                if all(text.startswith(prefix) for prefix in prefixes.values()) and all(
+                    text.startswith(alone[k][: self._end_after(alone[k], len(prefixes[k]))]) for k in trained
+                ):
+                    made[i] = [self._example_of(messages, text, prefixes, trained, reasoning, len(messages))]
+                else:
+                    made[i] = [
+                        self._example_of(messages, alone[k], {j: p for j, p in prefixes.items() if j <= k}, [k], reasoning, k + 1)
+                        for k in trained
+                    ]
+            except UserError as error:
+                made[i] = error
+
+    def _example_of(
+        self, messages: list[Message], text: str, prefixes: dict[int, str], trained: list[int], reasoning: str, stop: int
+    ) -> Example:
+        for k in trained:
+            if not text.startswith(prefixes[k]):
+                raise TemplateError(
+                    f"The chat template rewrites what came before message {k + 1} (assistant), even when that is the last one.",
+                    "Begin with a system or user message, or use another `model.template`.",
                 )
+        ids, turns = self._cut(text, prefixes)
+        spans = []
+        for k in trained:
+            if k not in turns:
+                raise TemplateError(f"The chat template does not close message {k + 1} (assistant) with {self.end_of_turn}.", _OTHER_MODEL)
+            start, end, answer = turns[k]
+            if reasoning == "mask" and messages[k].get("reasoning"):
+                start += self._tokens_before(answer, reasoning_end(answer, messages[k]))
+            spans.append((max(start, 1), end))
+        return Example(np.array(ids, np.int32), tuple(spans), stop)
 
-    def _find_end_of_turn(self) -> str:
-        _, answer, after = self.render(_PROBE).rpartition(_PROBE[-1]["content"])
+    def _cut(self, text: str, prefixes: dict[int, str]) -> tuple[list[int], dict[int, tuple[int, int, str]]]:
+        """Ids of a rendered text, cut where an answer begins; (first token, one past the last, text) of each answer that has an end."""
+        cuts, ends = [], {}
+        at = 0
+        for k, prefix in prefixes.items():
+            if not text.startswith(prefix) or len(prefix) < at:
+                continue  # rewritten since: whoever asks for this answer sees another text
+            cuts.append(len(prefix))
+            at = self._end_after(text, len(prefix))
+            if at > len(prefix):
+                ends[k] = (len(prefix), at)
+        ids: list[int] = []
+        token_at = {0: 0}  # character -> token, wherever a piece begins or ends
+        at = 0
+        for piece, place in self._pieces(text, cuts):
+            ids += [self.control[piece]] if place is None else self.encoder.encode(piece, place)
+            at += len(piece)
+            token_at[at] = len(ids)
+        return ids, {k: (token_at[start], token_at[stop], text[start:stop]) for k, (start, stop) in ends.items()}
+
+    def _end_after(self, text: str, start: int) -> int:
+        """Where the answer that begins at `start` has ended, its end-of-turn token included; `start` where it does not end."""
+        return next((m.end() for m in self.control_pattern.finditer(text, start) if m[0] in self.ends), start)
+
+    def _pieces(self, text: str, cuts: Sequence[int] = ()) -> list[tuple[str, Place | None]]:
+        """A rendered text in pieces that are encoded apart, each with its place; None marks a control token."""
+        pieces: list[tuple[str, Place | None]] = []
+        place: Place = "start"
+        for start, stop in pairwise([0, *cuts, len(text)]):
+            for i, piece in enumerate(self._split.split(text[start:stop])):
+                if i % 2:
+                    pieces.append((piece, None))
+                    place = "after"
+                elif piece:
+                    pieces.append((piece, place))
+                    place = "continue"
+        return pieces
+
+    def _tokens_before(self, text: str, stop: int) -> int:
+        """How many of an answer's tokens lie wholly before its character `stop`."""
+        count = at = 0
+        for piece, place in self._pieces(text):
+            starts = [0] if place is None else self.encoder.starts(piece, "continue" if place == "start" else place)
+            count += sum(at + end <= stop for end in [*starts[1:], len(piece)])
+            at += len(piece)
+        return count
+
+    def _plain_text(self, text: str) -> Example:
+        self._refuse_control_tokens([{"role": "text", "content": text}], None)
+        ids = [*self._bos, *self.encoder.encode(text, "after" if self._bos else "start"), self.eos_id]
+        return Example(np.array(ids, np.int32), ((1, len(ids)),), 1)
+
+    # -- the template ------------------------------------------------------------------------------------------------
+
+    def _renders(self, stops: list[tuple[int, bool]], messages: list[Message], tools: str | None) -> list[str]:
+        asked = [(messages[:stop], tools, generation_prompt) for stop, generation_prompt in stops]
+        return [self._or_raise(text) for text in self.render_all(asked)]
+
+    def _wire(self, messages: list[Message]) -> list[dict[str, Any]]:
+        """Messages as templates expect them: tool calls as objects, reasoning in a field or, if the template knows none, in the text."""
+        wire = []
+        for message in messages:
+            sent = {key: message[key] for key in ("role", "content", "name", "tool_call_id") if key in message}
+            if thought := message.get("reasoning"):
+                if "reasoning_content" in self.template:
+                    sent["reasoning_content"] = thought
+                else:
+                    sent["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
+            if calls := message.get("tool_calls"):
+                sent["tool_calls"] = [
+                    {
+                        "type": "function",
+                        "function": {"name": call["name"], "arguments": json.loads(call["arguments"])},
+                        **({"id": call["id"]} if "id" in call else {}),
+                    }
+                    for call in calls
+                ]
+            wire.append(sent)
+        return wire
+
+    @staticmethod
+    def _or_raise(text: str | TemplateError) -> str:
+        if isinstance(text, TemplateError):
+            raise text
+        return text
+
+    def _refuse_control_tokens(self, messages: list[Message], tools: str | None, texts: list[str] | None = None) -> None:
+        """Raise DataError naming the message; `texts`, where the messages were filled into a plan, are searched faster than those."""
+        if texts is not None and not any(token in text for token in self.control for text in texts):
+            return
+        for index, message in enumerate(messages):
+            parts = [message["content"], message.get("reasoning", "")]
+            parts += [text for call in message.get("tool_calls", ()) for text in (call["name"], call["arguments"])]
+            for part in parts:
+                if found := self.control_pattern.search(part):
+                    raise DataError(
+                        f"Message {index + 1} ({message['role']}) contains {found[0]}, a control token of the model's chat template.",
+                        "Remove it or spell it otherwise; text must not be able to end a turn or start one.",
+                        "messages",
+                    )
+        if tools and (found := self.control_pattern.search(tools)):
+            raise DataError(f"The tools contain {found[0]}, a control token of the model's chat template.", "Spell it otherwise.", "tools")
+        if texts is not None:
+            raise DataError("A message and the template's words around it form a control token.", "Reword the message.", "messages")
+
+    def _find_end_of_turn(self, rendered: str) -> str:
+        _, answer, after = rendered.rpartition(_PROBE[-1]["content"])
         if not answer:
             raise TemplateError("The chat template changes the text of an assistant message.", _OTHER_MODEL)
         end = self.control_pattern.search(after)
@@ -234,36 +576,90 @@ class Chat:
             )
         return end[0]
 
-    def _check_tokenizer(self) -> None:
+    def _check_tokenizer(self, rendered: str) -> None:
         """Encoding piece by piece must give what the tokenizer gives for the whole; some (prefix spaces at the start of a text) do not."""
-        whole = self.tokenizer.encode(self.render(_PROBE), add_special_tokens=False).ids
-        if self._encode(_PROBE, add_generation_prompt=False)[0] != whole:
+        whole = self.tokenizer.encode(rendered, add_special_tokens=False).ids
+        if self._cut(rendered, {})[0] != whole or self.example(_PROBE).ids.tolist() != whole:
             raise TemplateError("This tokenizer reads a turn differently alone and inside a conversation.", _OTHER_MODEL)
 
 
+def trained_turns(messages: list[Message], train_on: str) -> list[int]:
+    """Indices of the assistant messages that are supervised."""
+    turns = _turns(messages)
+    return [k for k in (turns[-1:] if train_on == "last_assistant" else turns) if messages[k].get("weight", 1)]
+
+
+def _turns(messages: list[Message]) -> list[int]:
+    return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _shape(messages: list[Message], tools: str | None) -> tuple[Slot, ...] | None:
+    """What a plan may depend on; None for a conversation with more than texts in it, or with a text of nothing but white space."""
+    if tools:
+        return None
+    slots = []
+    for message in messages:
+        content = message["content"]
+        if not _PLAIN.issuperset(message) or content.isspace():
+            return None
+        slots.append(Slot(message["role"], not content))
+    return tuple(slots)
+
+
+def _follow(prefix: Skeleton, whole: Skeleton) -> tuple[int, int] | None:
+    """Where in `whole` (part, offset in it) it has said all that `prefix` says; None where it says something else."""
+    for number, part in enumerate(prefix):
+        if number >= len(whole):
+            return None
+        other = whole[number]
+        if part == other:
+            continue
+        if number == len(prefix) - 1 and isinstance(part, str) and isinstance(other, str) and other.startswith(part):
+            return number, len(part)
+        return None
+    number = len(prefix)
+    return (number - 1, len(prefix[-1])) if prefix and isinstance(prefix[-1], str) else (number, 0)
+
+
+def reasoning_end(answer: str, message: Message) -> int:
+    """Where, in an answer's text, the reasoning is over."""
+    content = message["content"].strip()
+    if content:
+        return max(answer.rfind(content), 0)
+    thought = message["reasoning"].strip()
+    return answer.find(thought) + len(thought) if thought in answer else 0
+
+
+def _template_source(model_dir: Path, config: dict[str, Any], template: str, tokenizer_json: str) -> str:
+    if template == "auto":
+        file = model_dir / "chat_template.jinja"
+        source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+        if isinstance(source, list):  # several named templates; "default" is the one for plain conversations
+            source = next((t["template"] for t in source if t["name"] == "default"), None)
+        if not source:
+            raise TemplateError(
+                f"{model_dir.name} has no chat template.", "Use an instruct model, or name a built-in template as `model.template`."
+            )
+        return source
+    if "{" in template:
+        return template
+    if template.endswith(".jinja") or "/" in template:
+        return load_template(Path(template))
+    known = builtin(template)
+    if known is None:
+        raise TemplateError(
+            f"There is no template `{template}`.", f"Built in are {', '.join(builtin_names())}; or name a .jinja file, or auto."
+        )
+    special = {t["content"] for t in json.loads(tokenizer_json).get("added_tokens", []) if t["special"]}
+    if missing := [token for token in known.control if token not in special]:
+        raise TemplateError(
+            f"The template {template} needs the token {missing[0]}, which {model_dir.name}'s tokenizer does not have.",
+            "Leave `model.template` at auto, or choose one that fits the base model.",
+        )
+    return known.source
+
+
 @functools.lru_cache(maxsize=4)
-def _shared(tokenizer_json: str, special: tuple[tuple[str, str], ...], template: str) -> Chat:
+def _shared(tokenizer_json: str, special: tuple[tuple[str, str], ...], template: str, backend: Backend) -> Chat:
     """One Chat per process for each model, however many tasks carry it there."""
-    return Chat(tokenizer_json, dict(special), template)
-
-
-def _compile(template: str) -> jinja2.Template:
-    """The environment that chat templates are written for: trimmed blocks, `tojson` without HTML escapes, `raise_exception`.
-
-    `strftime_now` stays undefined on purpose (templates that offer today's date fall back to a fixed one): with it the same
-    conversation would have other ids tomorrow.
-    """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise TemplateError(f"The chat template is not valid Jinja: {error}.", "Mend chat_template.jinja of the base model.") from None
+    return Chat(tokenizer_json, dict(special), template, backend)

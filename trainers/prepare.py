@@ -1,342 +1,616 @@
-"""The prepare stage: sources -> conversations -> ids and weights -> proof -> token store and data report. Never holds a GPU.
+"""The prepare stage: sources -> examined rows -> the choice among them -> token store and data report. Never holds a GPU.
 
-The work on one chunk of a file (`examine`) is pure and the same everywhere; the executor only decides where chunks are
-worked on. Results come back in file order, so the store's bytes and the first error do not depend on the executor.
+The work on one chunk of a file (`examine`) is pure and the same everywhere; the executor only decides where chunks are worked on.
+Rows come back in file order and are spooled to disk; what depends on all rows at once (duplicates, the validation split, mixture and
+balance) is decided here from a few columns. So the store's bytes do not depend on executor, workers or chunk size.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import time
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import tokenizers
 
 from trainers import errors
 from trainers.chat import MASK_VERSION, Chat
-from trainers.errors import DataError, UserError
-from trainers.proof import prove
-from trainers.records import DataReport, PrepareRecord, RunDir, SourceReport, SplitReport
-from trainers.sources import NORMALISER_VERSION, Chunk, Conversation, Inspection, inspect, read
-from trainers.spec import JobSpec
-from trainers.store import SCHEMA, STORE_VERSION, Row, StoreWriter, encode_runs, is_store
+from trainers.curate import CURATE_VERSION, fingerprints
+from trainers.errors import DataError, RowError
+from trainers.examine import ROWS, Diverged, Rules, examine
+from trainers.records import TEMPLATE_FILE, Case, DataReport, Finding, PrepareRecord, RunDir, SourceReport, SplitReport, write_atomic
+from trainers.select import Found, Rows, Selection, select
+from trainers.sources import NORMALISER_VERSION, Chunk, Inspection, conversations, inspect, read
+from trainers.spec import JobSpec, Source
+from trainers.spool import Spool
+from trainers.store import SCHEMA, STORE_VERSION, StoreWriter, is_store
+from trainers.tokens import one_core, parity
 
-SPLIT_SEED = 0  # of the hash that chooses validation examples; a job's own seed must not change what it is measured on
-_ALL = 2**64
-_TABLE_ROWS = 4096
-TOO_LONG = "longer than max_length"
+Executor = Literal["local", "ray"]
+Progress = Callable[[int, int], None]
+"""Called with (rows examined, rows in all as far as known)."""
 
-
-@dataclass(frozen=True)
-class Rules:
-    """All that decides what becomes of a conversation."""
-
-    train_on: str
-    slice_by: str | None
-    max_length: int
-    overlength: str
-
-
-class Outcome(NamedTuple):
-    """What became of one example: a row, a reason for leaving it out, or an error that stops the job."""
-
-    source: int
-    """Index among the job's sources, train before validation."""
-    row: Row | None = None
-    digest: int = 0
-    """64 bits of a hash of the messages."""
-    dropped: str = ""
-    error: tuple[str, str, str] | None = None
-    """Class name, message, remedy."""
-
-
-@dataclass
-class Tally:
-    """Counts that become the data report."""
-
-    kept: Counter[int] = field(default_factory=Counter)
-    dropped: dict[int, Counter[str]] = field(default_factory=dict)
-    lengths: dict[str, array[int]] = field(default_factory=lambda: {"train": array("i"), "validation": array("i")})
-    supervised: Counter[str] = field(default_factory=Counter)
-    slices: dict[str, Counter[str]] = field(default_factory=lambda: {"train": Counter(), "validation": Counter()})
-    lowest: int = _ALL
-    """Smallest and largest digest of the training sources' examples."""
-    highest: int = 0
+_NUM_CASES = 5
+_SAMPLE_ROWS = 512  # rows on which the fast tokenizer must agree with the reference before it is used
+_WRITE_ROWS = 4096
 
 
 def prepare(
-    spec: JobSpec, model_dir: Path, stores: Path, run: RunDir, *, executor: Literal["local", "ray"], chunk_bytes: int = 4 * 2**20
+    spec: JobSpec,
+    model_dir: Path,
+    stores: Path,
+    run: RunDir,
+    *,
+    executor: Executor,
+    chunk_bytes: int = 4 * 2**20,
+    requested_by: str | None = None,
 ) -> PrepareRecord:
     """Write the token store of `spec.data` under `stores`/{key}, and `data_report.json` and `prepare.json` into the run directory.
 
-    The same data prepared before, by any job, is a cache hit. "ray" works on chunks as a Ray Data pipeline (CPUs only), "local"
-    in this process. Raises DataError for the first bad row in file order, TemplateError where the model's template cannot be used.
+    The same data prepared before, by any job, is a cache hit; one that was killed goes on from the chunks it had examined. "ray" works
+    on chunks as a Ray Data pipeline (CPUs only), "local" in this process. Raises DataError for the first bad row in file order,
+    TemplateError where the model's template cannot be used.
     """
     done = run.read("prepare.json", PrepareRecord)
     if done is not None and is_store(Path(done.store)):
         return done
     begun = time.monotonic()
-    chat = Chat.load(model_dir)
-    rules = Rules(spec.data.train_on, spec.data.slice_by, spec.model.max_length, spec.model.overlength)
-    train = spec.data.train
-    validation = spec.data.validation if isinstance(spec.data.validation, list) else []
-    inspected = [inspect(source, chunk_bytes) for source in [*train, *validation]]
-    key = store_key(spec, chat, inspected)
-    folder = Path(stores) / key
-    cached = is_store(folder)
-    if not cached:
-        work = _on_ray if executor == "ray" else _in_process
-        chunks = [(index, chunk) for index, source in enumerate(inspected) for chunk in source.chunks]
-        _build(folder, lambda: work(chat, rules, chunks), spec, chat, inspected, run)
+    work = _Work.begin(spec, model_dir, executor, chunk_bytes)
+    while True:
+        folder = Path(stores) / work.key
+        cached = is_store(folder)
+        try:
+            if not cached:
+                _build(work, folder, run)
+            break
+        except Diverged as error:
+            run.event(f"{error.message} The data is prepared again with the tokenizers library.", "warn")
+            work = work.with_reference(error.message)
 
     report = DataReport.model_validate_json((folder / "data_report.json").read_bytes())
-    for mine, source in zip(report.sources, inspected, strict=True):
-        mine.name = source.name  # a cached store may have read the same bytes under another name
+    for mine, source, inspected in zip(report.sources, work.sources, work.inspected, strict=True):
+        # A cached store may have read the same bytes elsewhere.
+        mine.name, mine.url, mine.licence = inspected.name, inspected.url, source.licence
+    report.requested_by = requested_by
+    run.check_lease()
+    write_atomic(run.path(TEMPLATE_FILE), work.chat.template)
     run.write("data_report.json", report)
-    record = PrepareRecord(store=str(folder), key=key, cached=cached, seconds=time.monotonic() - begun)
+    record = PrepareRecord(store=str(folder), key=work.key, cached=cached, seconds=time.monotonic() - begun)
     run.write("prepare.json", record)
-    _tell(run, report, cached)
+    _tell(run, report, cached, work.why_not_fast)
     return record
 
 
-def store_key(spec: JobSpec, chat: Chat, inspected: list[Inspection]) -> str:
-    """The store's content address: everything that ids, weights, order and split depend on, and nothing else (no path, no name)."""
+def survey(
+    spec: JobSpec, model_dir: Path, scratch: Path, *, executor: Executor = "local", on_progress: Progress = lambda done, total: None
+) -> DataReport:
+    """The report that `prepare` would write, and more: rows that would stop it are counted as findings ("refused"). Writes no store.
+
+    `scratch` is an empty folder for what does not fit into memory. Raises DataError where a source cannot be read at all.
+    """
+    work = _Work.begin(spec, model_dir, executor, 4 * 2**20)
+    while True:
+        try:
+            with Spool.open(scratch / work.key, work.chunks) as spool:
+                _examine_missing(work, spool, on_progress, tolerant=True)
+                gathered = _gather(work, spool, tolerant=True)
+                return _report(work, spool, gathered)
+        except Diverged as error:
+            work = work.with_reference(error.message)
+
+
+class _Work(NamedTuple):
+    """A data set to prepare: what, from where, by which rules."""
+
+    spec: JobSpec
+    chat: Chat
+    rules: Rules
+    sources: list[Source]
+    """Training sources, then validation sources."""
+    inspected: list[Inspection]
+    num_train: int
+    tests: dict[str, np.ndarray]
+    """Prompts (uint64 fingerprints) of each evaluation task, where leakage is looked for."""
+    recipe: dict[str, Any]
+    key: str
+    executor: Executor
+    why_not_fast: str | None
+
+    @classmethod
+    def begin(cls, spec: JobSpec, model_dir: Path, executor: Executor, chunk_bytes: int) -> _Work:
+        """Inspect every source and choose the tokenizer's backend."""
+        data = spec.data
+        chat = Chat.load(model_dir, spec.model.template)
+        rules = Rules.of(spec)
+        sources = [*data.train, *(data.validation if isinstance(data.validation, list) else [])]
+        inspected = [inspect(source, chunk_bytes) for source in sources]
+        why_not = parity(chat.tokenizer_json, _sample(inspected))
+        if why_not is None:
+            chat = chat.with_backend("fastokens")
+        tests = _test_prompts(spec)
+        recipe = _recipe(spec, chat, sources, inspected, tests)
+        return cls(spec, chat, rules, sources, inspected, len(data.train), tests, recipe, _key(recipe), executor, why_not)
+
+    def with_reference(self, why: str) -> _Work:
+        chat = self.chat.with_backend("hf")
+        recipe = _recipe(self.spec, chat, self.sources, self.inspected, self.tests)
+        return self._replace(chat=chat, recipe=recipe, key=_key(recipe), why_not_fast=why)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return [chunk for source in self.inspected for chunk in source.chunks]
+
+    @property
+    def source_of(self) -> list[int]:
+        """Number of the source that each chunk belongs to."""
+        return [number for number, source in enumerate(self.inspected) for _ in source.chunks]
+
+
+def _sample(inspected: list[Inspection]) -> list[str]:
+    """Texts from all over the data set."""
+    chunks = [chunk for source in inspected for chunk in source.chunks]
+    chosen = chunks[:: max(1, len(chunks) // 16)][:16]
+    texts = []
+    for chunk in chosen:
+        for row in islice(read(chunk), max(1, _SAMPLE_ROWS // len(chosen))):
+            if not isinstance(row, RowError):
+                texts += [message["content"] for message in row["messages"]]
+    return texts
+
+
+def _test_prompts(spec: JobSpec) -> dict[str, np.ndarray]:
+    if spec.data.curate.leakage == "off":
+        return {}
+    prompts = {}
+    for task in spec.evaluate.tasks:
+        rows = conversations(Source(path=task.path, name=task.shown))
+        prompts[task.shown] = np.array([fingerprints(row)[1] for row in rows], np.uint64)
+    return prompts
+
+
+def _recipe(spec: JobSpec, chat: Chat, sources: list[Source], inspected: list[Inspection], tests: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Everything that ids, weights, order and split depend on, and nothing else (no path, no name)."""
     num_train = len(spec.data.train)
-    files = [{"format": source.format, "sha256": source.sha256} for source in inspected]
-    parts = {
-        "versions": [STORE_VERSION, MASK_VERSION, NORMALISER_VERSION, tokenizers.__version__],
+    files = [
+        {"format": seen.format, "sha256": seen.sha256, "columns": source.columns, "weight": source.weight}
+        for source, seen in zip(sources, inspected, strict=True)
+    ]
+    return {
+        "versions": {
+            "store": STORE_VERSION,
+            "mask": MASK_VERSION,
+            "normaliser": NORMALISER_VERSION,
+            "curation": CURATE_VERSION,
+            chat.backend: importlib.metadata.version("tokenizers" if chat.backend == "hf" else chat.backend),
+        },
         "train": files[:num_train],
-        "validation": files[num_train:] if isinstance(spec.data.validation, list) else [spec.data.validation, SPLIT_SEED],
+        "validation": files[num_train:] if isinstance(spec.data.validation, list) else spec.data.validation,
+        "tests": {name: hashlib.sha256(prompts.tobytes()).hexdigest() for name, prompts in tests.items()},
         "train_on": spec.data.train_on,
+        "reasoning": spec.data.reasoning,
         "slice_by": spec.data.slice_by,
+        "curate": spec.data.curate.model_dump(mode="json"),
         "max_length": spec.model.max_length,
         "overlength": spec.model.overlength,
         "template": chat.template_sha256,
         "tokenizer": chat.tokenizer_sha256,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def examine(chat: Chat, rules: Rules, source: int, chunk: Chunk) -> Iterator[Outcome]:
-    """What becomes of each example of a chunk, in order; an error is the last outcome."""
-    try:
-        for conversation in read(chunk, rules.slice_by):
-            yield _examine_one(chat, rules, source, conversation)
-    except UserError as error:  # travels as a value, so that the first one in file order is the one that is raised
-        yield Outcome(source, error=(type(error).__name__, error.message, error.remedy))
+def _key(recipe: dict[str, Any]) -> str:
+    """The store's content address."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _examine_one(chat: Chat, rules: Rules, source: int, conversation: Conversation) -> Outcome:
-    where, messages = conversation["id"], conversation["messages"]
-    try:
-        example = chat.example(messages, rules.train_on)
-    except UserError as error:
-        raise type(error)(f"{where}: {error.message}", error.remedy) from None
-    if len(example.ids) > rules.max_length:
-        if rules.overlength == "drop":
-            return Outcome(source, dropped=TOO_LONG)
-        raise DataError(
-            f"{where}: the example has {len(example.ids):,} tokens, more than model.max_length = {rules.max_length:,}.",
-            "Raise model.max_length, shorten the example, or set model.overlength to drop.",
-        )
-    prove(chat, messages, example, rules.train_on, where)
-    weights = np.array(example.weights, np.float32)
-    supervised = int(np.count_nonzero(weights))
-    row = Row(np.array(example.ids, np.int32), *encode_runs(weights), supervised, where, conversation["slice"])
-    return Outcome(source, row, _digest(messages))
+# -- rows to a store -----------------------------------------------------------------------------------------------------
 
 
-def _digest(messages: list[dict[str, Any]]) -> int:
-    text = json.dumps([SPLIT_SEED, [[m["role"], m["content"]] for m in messages]])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def _build(work: _Work, folder: Path, run: RunDir) -> None:
+    """Write the store, or raise the first error and leave nothing behind; killed, leave the examined chunks for the next try."""
+    told = 0.0
 
-
-# -- outcomes to a store -------------------------------------------------------------------------------------------------
-
-
-def _build(
-    folder: Path, outcomes: Callable[[], Iterable[Outcome]], spec: JobSpec, chat: Chat, inspected: list[Inspection], run: RunDir
-) -> None:
-    """Write the store, or raise the first error and leave nothing behind."""
-    fraction = spec.data.validation if isinstance(spec.data.validation, float) else 0.0
-    limit = int(fraction * _ALL)  # an example is held out when its digest is below this
-    total = sum(source.rows for source in inspected)
-    while True:
-        writer = StoreWriter(folder)
-        try:
-            tally = _collect(outcomes(), writer, limit, len(spec.data.train), run, total)
-            balanced = _balance(limit, tally) if fraction else limit
-            if balanced == limit:
-                _check(tally, spec, inspected)
-                writer.commit(_report(tally, chat, inspected).model_dump_json(exclude={"time", "attempt"}))
-                return
-            limit = balanced  # rare, and only with few examples: make the pass again
-        finally:
-            writer.abandon()
-
-
-def _balance(limit: int, tally: Tally) -> int:
-    """The limit that leaves an example on each side, where chance put all on one. Equal examples stay together."""
-    if tally.lowest >= tally.highest:  # copies of one example at most: nothing can be held out
-        return min(limit, tally.lowest)
-    return min(max(limit, tally.lowest + 1), tally.highest)
-
-
-def _collect(outcomes: Iterable[Outcome], writer: StoreWriter, limit: int, num_train: int, run: RunDir, total: int) -> Tally:
-    tally = Tally()
-    run.progress("prepare", done=0, total=total)
-    told = time.monotonic()
-    for done, outcome in enumerate(outcomes, 1):
-        if outcome.error is not None:
-            name, message, remedy = outcome.error
-            raise getattr(errors, name)(message, remedy, "training_file" if outcome.source < num_train else "validation_file")
+    def progress(done: int, total: int) -> None:
+        nonlocal told
         if time.monotonic() - told > 1:
             told = time.monotonic()
             run.progress("prepare", done=done, total=max(done, total))
-        row = outcome.row
-        if row is None:
-            tally.dropped.setdefault(outcome.source, Counter())[outcome.dropped] += 1
-            continue
-        split = "validation" if outcome.source >= num_train or outcome.digest < limit else "train"
-        if outcome.source < num_train:
-            tally.lowest, tally.highest = min(tally.lowest, outcome.digest), max(tally.highest, outcome.digest)
-        writer.append(split, row)
-        tally.kept[outcome.source] += 1
-        tally.lengths[split].append(len(row.input_ids))
-        tally.supervised[split] += row.supervised
-        if row.slice is not None:
-            tally.slices[split][row.slice] += 1
-    return tally
+
+    with Spool.open(folder.parent / f".{folder.name}.parts.tmp", work.chunks) as spool:
+        if is_store(folder):  # another job made it while we waited
+            spool.remove()
+            return
+        try:
+            _examine_missing(work, spool, progress, tolerant=False)
+            gathered = _gather(work, spool, tolerant=False)
+            _check(work, spool, gathered)
+            writer = StoreWriter(folder)
+            try:
+                _write(writer, "train", spool, gathered.selection.train)
+                _write(writer, "validation", spool, gathered.selection.validation)
+                writer.commit(_report(work, spool, gathered).model_dump_json(exclude={"time", "attempt"}))
+            finally:
+                writer.abandon()
+        except errors.UserError:
+            spool.remove()  # the same rows would fail again
+            raise
+        spool.remove()
 
 
-def _check(tally: Tally, spec: JobSpec, inspected: list[Inspection]) -> None:
-    if not tally.lengths["train"]:
-        reasons = sum((tally.dropped.get(i, Counter()) for i in range(len(spec.data.train))), Counter())
-        why = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        names = ", ".join(source.name for source in inspected[: len(spec.data.train)])
+def _examine_missing(work: _Work, spool: Spool, progress: Progress, tolerant: bool) -> None:
+    """Examine the chunks whose part is not there yet; unless tolerant, raise the first error in file order."""
+    missing = spool.missing()
+    chunks, source_of = work.chunks, work.source_of
+    total = sum(source.rows for source in work.inspected)
+    done = 0
+    progress(done, total)
+    tables = (_on_ray if work.executor == "ray" else _in_process)(work.chat, work.rules, [(i, chunks[i]) for i in missing])
+
+    def checked() -> Iterator[tuple[int, pa.Table]]:
+        for part, table in tables:
+            _raise_first_error(table, source_of[part] < work.num_train, tolerant)
+            yield part, table
+
+    with closing(tables):  # an error must stop the other tasks now, not when the garbage is collected
+        for table in spool.write(checked()):
+            done += table.num_rows
+            progress(done, total)
+
+
+def _raise_first_error(table: pa.Table, is_train: bool, tolerant: bool) -> None:
+    errors_of = table.column("error")
+    if errors_of.null_count == len(errors_of):
+        return
+    for error in errors_of.to_pylist():
+        if error is not None and (not tolerant or error[0] == Diverged.__name__):
+            name, message, remedy, _ = error
+            kind = Diverged if name == Diverged.__name__ else errors.TemplateError if name == "TemplateError" else DataError
+            raise kind(message, remedy, "training_file" if is_train else "validation_file")
+
+
+class _Gathered(NamedTuple):
+    """What the choice was made from, and the choice."""
+
+    selection: Selection
+    source: np.ndarray
+    """int32 [N]: source of each examined row."""
+    kept_before: np.ndarray
+    """bool [N]: rows that made examples."""
+    dropped: dict[str, np.ndarray]
+    """Reason -> rows left out on their own account."""
+    findings: list[tuple[str, str, dict[str, float], list[tuple[int, str]]]]
+    """(step, action, counts by kind, first cases as (row, text)) of what was seen in single rows."""
+    num_examples: np.ndarray
+    """int32 [N]."""
+    lengths: np.ndarray
+    supervised: np.ndarray
+    """int32 [E]: of every example, in the rows' order."""
+    slices: np.ndarray
+    """int32 [N]: number of each row's slice, or -1."""
+    slice_names: list[str]
+
+
+def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
+    """Read the few columns that decide, and choose."""
+    num_rows = spool.count()
+    source = np.zeros(num_rows, np.int32)
+    digest, prompt = np.zeros(num_rows, np.uint64), np.zeros(num_rows, np.uint64)
+    alive = np.ones(num_rows, bool)
+    num_examples = np.zeros(num_rows, np.int32)
+    classes, slices = np.full(num_rows, -1, np.int32), np.full(num_rows, -1, np.int32)
+    class_names: dict[str, int] = {}
+    slice_names: dict[str, int] = {}
+    lengths, supervised, sketches = [], [], []
+    dropped: dict[str, list[int]] = {}
+    findings: dict[tuple[str, str], tuple[Counter[str], list[tuple[int, str]]]] = {}
+
+    def find(step: str, action: str, kind: str, row: int, text: str) -> None:
+        counts, cases = findings.setdefault((step, action), (Counter(), []))
+        counts[kind] += 1
+        if len(cases) < _NUM_CASES:
+            cases.append((row, text))
+
+    at = 0
+    for part, source_number in enumerate(work.source_of):
+        for batch in spool.part(part):
+            here = slice(at, at + batch.num_rows)
+            source[here] = source_number
+            digest[here], prompt[here] = batch.column("digest").to_numpy(), batch.column("prompt").to_numpy()
+            num_examples[here] = batch.column("examples").value_lengths().to_numpy()
+            examples = batch.column("examples").flatten()
+            lengths.append(examples.field("length").to_numpy())
+            supervised.append(examples.field("supervised").to_numpy())
+            _encode(batch.column("class"), class_names, classes[here])
+            _encode(batch.column("slice"), slice_names, slices[here])
+            if work.rules.curate.near_duplicates is not None:
+                sketches.append(batch.column("sketch"))
+            for name in ("dropped", "error", "notes"):
+                column = batch.column(name)
+                if column.null_count == len(column):
+                    continue
+                for row, value in enumerate(column.to_pylist(), at):
+                    if value is None:
+                        continue
+                    if name == "dropped":
+                        dropped.setdefault(value, []).append(row)
+                        alive[row] = False
+                    elif name == "error":
+                        find("refused", "refuse", value[3], row, f"{value[1]} {value[2]}")
+                        dropped.setdefault(f"refused: {value[3]}", []).append(row)
+                        alive[row] = False
+                    else:
+                        for note in value:
+                            find(note["step"], note["action"], note["kind"], row, note["text"])
+            at += batch.num_rows
+
+    chosen = np.flatnonzero(alive)
+    selection = select(
+        Rows(
+            source=source[chosen],
+            held_out=source[chosen] >= work.num_train,
+            digest=digest[chosen],
+            prompt=prompt[chosen],
+            cls=classes[chosen],
+            sketches=_sketch_matrix(sketches)[chosen] if sketches else None,
+        ),
+        work.rules.curate,
+        [source.weight for source in work.sources[: work.num_train]],
+        work.spec.data.validation if isinstance(work.spec.data.validation, float) else 0.0,
+        list(class_names),
+        work.tests,
+    )
+    return _Gathered(
+        selection=_renumbered(selection, chosen),
+        source=source,
+        kept_before=alive,
+        dropped={reason: np.array(rows, np.int64) for reason, rows in dropped.items()},
+        findings=[(step, action, dict(counts), cases) for (step, action), (counts, cases) in findings.items()],
+        num_examples=num_examples,
+        lengths=np.concatenate([np.zeros(0, np.int32), *lengths]),
+        supervised=np.concatenate([np.zeros(0, np.int32), *supervised]),
+        slices=slices,
+        slice_names=list(slice_names),
+    )
+
+
+def _renumbered(selection: Selection, chosen: np.ndarray) -> Selection:
+    """The same choice in numbers of all examined rows."""
+    findings = [
+        found._replace(rows=chosen[found.rows], twins=[int(chosen[twin]) if isinstance(twin, int) else twin for twin in found.twins])
+        for found in selection.findings
+    ]
+    dropped = {reason: chosen[rows] for reason, rows in selection.dropped.items()}
+    return Selection(chosen[selection.train], chosen[selection.validation], dropped, findings)
+
+
+def _encode(column: pa.Array, names: dict[str, int], out: np.ndarray) -> None:
+    """Write each value's number into `out`, naming new values as they come; nulls stay -1."""
+    if column.null_count == len(column):
+        return
+    coded = column.dictionary_encode()
+    numbers = np.array([names.setdefault(name, len(names)) for name in coded.dictionary.to_pylist()] + [-1], np.int32)
+    out[:] = numbers[coded.indices.fill_null(len(numbers) - 1).to_numpy()]
+
+
+def _sketch_matrix(columns: list[pa.Array]) -> np.ndarray:
+    """uint16 [N, values]; rows that were left out before have zeros."""
+    rows = [value for column in columns for value in column.to_pylist()]
+    width = max((len(value) for value in rows if value), default=0)
+    return np.frombuffer(b"".join(value or bytes(width) for value in rows), np.uint16).reshape(len(rows), -1)
+
+
+def _write(writer: StoreWriter, split: str, spool: Spool, rows: np.ndarray) -> None:
+    for numbers, batch in spool.rows(rows):
+        for start in range(0, len(numbers), _WRITE_ROWS):
+            writer.append(split, _examples(batch.slice(start, _WRITE_ROWS)))
+
+
+def _examples(rows: pa.RecordBatch) -> pa.Table:
+    """Examples of these rows in a store's columns; the second example of a row and all after it have their number in the id."""
+    counts = rows.column("examples").value_lengths().to_numpy()
+    owner = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    examples = rows.column("examples").flatten()
+    ids = rows.column("id").take(pa.array(owner)).to_pylist()
+    names = [f"{id}#{n + 1}" if n else id for id, n in zip(ids, number.tolist(), strict=True)]
+    columns = [examples.field(name) for name in ("input_ids", "run_weights", "run_lengths", "length", "supervised")]
+    return pa.table([*columns, pa.array(names, pa.string()), rows.column("slice").take(pa.array(owner))], schema=SCHEMA)
+
+
+def _check(work: _Work, spool: Spool, gathered: _Gathered) -> None:
+    """Raise where the choice says that the job must not start."""
+    for found in gathered.selection.findings:
+        if found.action == "refuse":
+            (case, *_) = _twin_cases(spool, found)
+            raise DataError(
+                f"{case.where}: {found.step}, as in {len(found.rows):,} rows ({case.text[:120]}).",
+                f"Mend the rows, or set data.curate.{found.step} to drop or report.",
+                "training_file",
+            )
+    names = ", ".join(source.name for source in work.inspected[: work.num_train])
+    if not len(gathered.selection.train):
+        reasons = {**gathered.dropped, **gathered.selection.dropped}
+        why = "; ".join(f"{len(rows):,} {reason}" for reason, rows in reasons.items())
+        raise DataError(f"{names}: no example is left to train on ({why}).", "Loosen the limits named, or add examples.", "training_file")
+    if work.rules.slice_by and not gathered.slice_names:
         raise DataError(
-            f"{names}: no example is left to train on ({why}).", "Raise model.max_length, or add shorter examples.", "training_file"
-        )
-    if spec.data.slice_by and not any(tally.slices.values()):
-        raise DataError(
-            f"No example has a column `{spec.data.slice_by}` to slice by.",
+            f"No example has a column `{work.rules.slice_by}` to slice by.",
             "Name a column of the data, or leave slice_by out.",
             "data.slice_by",
         )
 
 
-def _report(tally: Tally, chat: Chat, inspected: list[Inspection]) -> DataReport:
+# -- the report ----------------------------------------------------------------------------------------------------------
+
+
+def _report(work: _Work, spool: Spool, gathered: _Gathered) -> DataReport:
+    selection = gathered.selection
+    read_of = np.bincount(gathered.source, minlength=len(work.sources))
+    made = Counter(gathered.source[selection.train].tolist()) + Counter(gathered.source[selection.validation].tolist())
+    examples_of = np.zeros(len(work.sources), np.int64)
+    for rows in (selection.train, selection.validation):
+        np.add.at(examples_of, gathered.source[rows], gathered.num_examples[rows])
+    dropped = {**gathered.dropped, **selection.dropped}
     sources = []
-    for i, source in enumerate(inspected):
-        dropped = dict(sorted(tally.dropped.get(i, Counter()).items()))
+    for i, (source, seen) in enumerate(zip(work.sources, work.inspected, strict=True)):
+        reasons = {reason: int((gathered.source[rows] == i).sum()) for reason, rows in dropped.items()}
+        reasons = {reason: count for reason, count in sorted(reasons.items()) if count}
         sources.append(
             SourceReport(
-                name=source.name,
-                url=source.chunks[0].path if source.chunks else "",
-                format=source.format,
-                bytes=source.bytes,
-                sha256=source.sha256,
-                read=tally.kept[i] + sum(dropped.values()),
-                kept=tally.kept[i],
-                dropped=dropped,
-                examples=tally.kept[i],
+                name=seen.name,
+                url=seen.url,
+                format=seen.format,
+                bytes=seen.bytes,
+                sha256=seen.sha256,
+                licence=source.licence,
+                weight=source.weight,
+                read=int(read_of[i]),
+                kept=int(read_of[i]) - sum(reasons.values()),
+                dropped=reasons,
+                examples=int(examples_of[i]) if made else 0,
             )
         )
-    splits = {}
-    for split in ("train", "validation"):
-        lengths = np.array(tally.lengths[split], np.int32)
-        p50, p95, longest = np.percentile(lengths, [50, 95, 100], method="inverted_cdf").tolist() if len(lengths) else (0, 0, 0)
-        splits[split] = SplitReport(
-            examples=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            supervised_tokens=tally.supervised[split],
-            length_p50=p50,
-            length_p95=p95,
-            length_max=longest,
-            slices=dict(sorted(tally.slices[split].items())),
-        )
-    return DataReport(sources=sources, template_sha256=chat.template_sha256, tokenizer_sha256=chat.tokenizer_sha256, **splits)
+    findings = [
+        Finding(step=step, action=action, rows=int(sum(detail.values())), detail=detail, cases=_cases(spool, cases))
+        for step, action, detail, cases in gathered.findings
+    ]
+    findings += [
+        Finding(step=found.step, action=found.action, rows=len(found.rows), detail=found.detail, cases=_twin_cases(spool, found))
+        for found in selection.findings
+    ]
+    return DataReport(
+        sources=sources,
+        findings=findings,
+        train=_split_report(gathered, selection.train),
+        validation=_split_report(gathered, selection.validation),
+        recipe=work.recipe,
+        template_sha256=work.chat.template_sha256,
+        tokenizer_sha256=work.chat.tokenizer_sha256,
+        tokenizer=work.chat.backend,
+    )
 
 
-def _tell(run: RunDir, report: DataReport, cached: bool) -> None:
+def _cases(spool: Spool, cases: list[tuple[int, str]]) -> list[Case]:
+    """The cases with the place of each row, and what it says where nothing else is told."""
+    found = []
+    for (_, text), (_, row) in zip(cases, spool.rows(np.array([row for row, _ in cases], np.int64)), strict=True):
+        found.append(Case(where=row.column("id")[0].as_py(), text=(text or row.column("excerpt")[0].as_py() or "")[:300]))
+    return found
+
+
+def _twin_cases(spool: Spool, found: Found) -> list[Case]:
+    """The first rows of a finding, each with the row or the task that it resembles."""
+    cases = []
+    for i, row in enumerate(found.rows[:_NUM_CASES].tolist()):
+        (case,) = _cases(spool, [(row, "")])
+        twin = found.twins[i] if i < len(found.twins) else None
+        if twin is not None:
+            like = _cases(spool, [(twin, "")])[0].where if isinstance(twin, int) else twin
+            case.text = f"like {like}: {case.text}"
+        cases.append(case)
+    return cases
+
+
+def _split_report(gathered: _Gathered, rows: np.ndarray) -> SplitReport:
+    if not len(rows):
+        return SplitReport()
+    counts = gathered.num_examples[rows]
+    firsts = (np.cumsum(gathered.num_examples) - gathered.num_examples)[rows]
+    chosen = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+    lengths = gathered.lengths[chosen]
+    p50, p95, longest = np.percentile(lengths, [50, 95, 100], method="inverted_cdf").tolist()
+    slices = np.bincount(np.repeat(gathered.slices[rows], counts) + 1, minlength=len(gathered.slice_names) + 1)[1:]
+    return SplitReport(
+        examples=len(lengths),
+        tokens=int(lengths.sum(dtype=np.int64)),
+        supervised_tokens=int(gathered.supervised[chosen].sum(dtype=np.int64)),
+        length_p50=p50,
+        length_p95=p95,
+        length_max=longest,
+        lengths=_histogram(lengths),
+        slices={name: int(count) for name, count in sorted(zip(gathered.slice_names, slices, strict=True)) if count},
+    )
+
+
+def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """About twenty bins of one round width that reach up to the longest."""
+    longest = int(lengths.max())
+    width = next(w for power in range(10) for w in (10**power, 2 * 10**power, 5 * 10**power) if w * 20 >= longest)
+    counts = np.bincount((lengths - 1) // width)
+    return [((n + 1) * width, int(count)) for n, count in enumerate(counts)]
+
+
+def _tell(run: RunDir, report: DataReport, cached: bool, why_not_fast: str | None) -> None:
     train, validation = report.train, report.validation
-    run.progress("prepare", done=sum(s.read for s in report.sources), total=sum(s.read for s in report.sources))
+    read_rows = sum(source.read for source in report.sources)
+    run.progress("prepare", done=read_rows, total=read_rows)
     run.event(
         f"{'Found the prepared' if cached else 'Prepared'} data: {train.examples:,} training and {validation.examples:,} validation "
         f"examples, {train.tokens:,} training tokens, {train.supervised_tokens:,} of them supervised.",
         cached=cached,
+        tokenizer=report.tokenizer,
     )
+    if why_not_fast is not None:
+        run.event(f"Tokenized with the tokenizers library: {why_not_fast}.")
     for source in report.sources:
         for reason, count in source.dropped.items():
-            run.event(f"{source.name}: {count:,} of {source.read:,} examples left out: {reason}.", level="warn", dropped={reason: count})
+            run.event(f"{source.name}: {count:,} of {source.read:,} rows left out: {reason}.", level="warn", dropped={reason: count})
+    for finding in report.findings:
+        if finding.action != "drop" and finding.rows:
+            cases = ", ".join(case.where for case in finding.cases[:3])
+            run.event(f"{finding.step} ({finding.action}): {finding.rows:,} rows, such as {cases}.", level="warn", finding=finding.step)
 
 
 # -- executors -----------------------------------------------------------------------------------------------------------
 
 
-def _in_process(chat: Chat, rules: Rules, chunks: list[tuple[int, Chunk]]) -> Iterator[Outcome]:
-    for source, chunk in chunks:
-        yield from examine(chat, rules, source, chunk)
+def _in_process(chat: Chat, rules: Rules, chunks: list[tuple[int, Chunk]]) -> Generator[tuple[int, pa.Table], None, None]:
+    for number, chunk in chunks:
+        empty = True
+        for table in examine(chat, rules, chunk):
+            empty = False
+            yield number, table
+        if empty:
+            yield number, ROWS.empty_table()
 
 
-def _on_ray(chat: Chat, rules: Rules, chunks: list[tuple[int, Chunk]]) -> Iterator[Outcome]:
+def _on_ray(chat: Chat, rules: Rules, chunks: list[tuple[int, Chunk]]) -> Generator[tuple[int, pa.Table], None, None]:
     """One task for each chunk, on CPUs; tables come back in the chunks' order and memory stays flat."""
     import ray.data
 
-    orders = [{"source": source, "chunk": json.dumps(asdict(chunk))} for source, chunk in chunks]
+    if not chunks:
+        return
+    orders = [{"number": number, "chunk": json.dumps(asdict(chunk))} for number, chunk in chunks]
     dataset = ray.data.from_items(orders, override_num_blocks=len(orders))
     dataset.context.enable_progress_bars = False
     dataset.context.execution_options.preserve_order = True
 
     def work(batch: pa.Table) -> Iterator[pa.Table]:
+        one_core()
         for order in batch.to_pylist():
-            rows: list[Outcome] = []
-            for outcome in examine(chat, rules, order["source"], Chunk(**json.loads(order["chunk"]))):
-                rows.append(outcome)
-                if len(rows) == _TABLE_ROWS:
-                    yield _to_table(rows)
-                    rows = []
-            yield _to_table(rows)
+            for number, table in _in_process(chat, rules, [(order["number"], Chunk(**json.loads(order["chunk"])))]):
+                yield (
+                    table.add_column(0, "part", pa.array([number] * max(table.num_rows, 1), pa.int32()))
+                    if table.num_rows
+                    else _nothing(number)
+                )
 
-    for table in dataset.map_batches(work, batch_format="pyarrow", batch_size=None).iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from _from_table(table)
-
-
-_OUTCOMES = pa.schema(
-    [
-        ("source", pa.int32()),
-        ("digest", pa.uint64()),
-        ("dropped", pa.string()),
-        ("error", pa.list_(pa.string())),
-        ("kept", pa.bool_()),
-        *(SCHEMA.field(name) for name in Row._fields),
-    ]
-)
+    tables = dataset.map_batches(work, batch_format="pyarrow", batch_size=None).iter_batches(batch_size=None, batch_format="pyarrow")
+    for table in cast("Iterator[pa.Table]", tables):
+        number = table.column("part")[0].as_py()
+        rows = table.drop_columns(["part"])
+        yield number, rows.filter(rows.column("id").is_valid()) if rows.column("id").null_count else rows
 
 
-def _to_table(outcomes: list[Outcome]) -> pa.Table:
-    rows = [{**o._asdict(), "kept": o.row is not None, **(o.row._asdict() if o.row else dict.fromkeys(Row._fields))} for o in outcomes]
-    return pa.Table.from_pylist(rows, schema=_OUTCOMES)
-
-
-def _from_table(table: pa.Table) -> Iterator[Outcome]:
-    for batch in table.to_batches():
-        columns = {name: batch.column(name) for name in _OUTCOMES.names}
-        for i in range(batch.num_rows):
-            row = None
-            if columns["kept"][i].as_py():
-                # Copied, so that no row keeps a whole block of the object store alive.
-                lists = [columns[name][i].values.to_numpy().copy() for name in ("input_ids", "run_weights", "run_lengths")]
-                row = Row(*lists, *(columns[name][i].as_py() for name in ("supervised", "id", "slice")))
-            error = columns["error"][i].as_py()
-            yield Outcome(
-                columns["source"][i].as_py(), row, columns["digest"][i].as_py(), columns["dropped"][i].as_py(), error and tuple(error)
-            )
+def _nothing(number: int) -> pa.Table:
+    """A chunk without rows still has to be told; its one row has no id."""
+    empty = pa.table([pa.nulls(1, field.type) for field in ROWS], schema=ROWS)
+    return empty.add_column(0, "part", pa.array([number], pa.int32()))

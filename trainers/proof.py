@@ -1,22 +1,27 @@
-"""The mask proof: one example's ids and weights against the template's own text.
+"""The mask proof: ids and supervised spans of every example against the template's own text.
 
-It shares no arithmetic with what built the mask. Where each message stands is found by rendering the same roles with a
-placeholder in place of every text; from then on decoded tokens are compared with text at known character offsets:
+It shares no arithmetic with what built the mask. The real template renders the conversation; where each message stands in that
+text is found by rendering the same roles with a placeholder in place of every text, or, for conversations with tools or
+reasoning, by rendering what stands before each answer. From then on the bytes that the ids stand for are compared with the
+bytes of the text at known offsets:
 
 1. the ids say what the template says, after the tokenizer's normaliser;
-2. the supervised tokens are, run by run, an assistant's text and its end-of-turn token: no other token is supervised;
+2. the supervised tokens are, span by span, an assistant's text and its end-of-turn token: no other token is supervised;
 3. what stands before each assistant turn is, id for id, what the server will send to the model.
 """
 
 from __future__ import annotations
 
 import functools
-from itertools import groupby
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from trainers.chat import Chat, Example, Message
-from trainers.errors import DataError
+import numpy as np
 
+from trainers.chat import Chat, Example, Message, reasoning_end, trained_turns
+from trainers.errors import DataError, TemplateError, UserError
+
+_RENDER_EVERY = 16
 _REMEDY = "Remove the example, or use another chat template; if both look right, please report it."
 
 
@@ -28,91 +33,267 @@ class Answer(NamedTuple):
     stop: int
 
 
+class Claim(NamedTuple):
+    """What is to be proven: these examples are this conversation, supervised as asked."""
+
+    where: str
+    conversation: dict[str, Any]
+    examples: Sequence[Example]
+
+
+def prove_all(chat: Chat, claims: Sequence[Claim], train_on: str, reasoning: str = "train", every: int = 128) -> list[UserError | None]:
+    """Why each claim does not hold: a DataError or TemplateError naming file, line, turn and token; None where it does.
+
+    Statements 1 and 2 are proven of every claim. The third follows, for conversations of texts, from how their plan is made and from
+    the tokenizer: that its backend gives the reference's ids is seen on every `every`-th claim, encoded again by the reference.
+    """
+    verdicts: list[UserError | None] = [None] * len(claims)
+    quick = [i for i, claim in enumerate(claims) if len(claim.examples) == 1 and _is_plain(chat, claim.conversation)]
+    doubtful = set(range(len(claims))) - set(quick) | set(range(0, len(claims), every))
+    doubtful |= _quick_doubts(chat, claims, quick, train_on)
+    for i in sorted(doubtful):
+        try:
+            _prove(chat, claims[i], train_on, reasoning)
+        except UserError as error:
+            verdicts[i] = error
+    return verdicts
+
+
 def prove(chat: Chat, messages: list[Message], example: Example, train_on: str, where: str) -> None:
-    """Raise DataError naming `where` (file:line), turn and token unless every statement above holds."""
-    ids, weights = example.ids, example.weights
-    normaliser = chat.tokenizer.normalizer
+    """Raise what `prove_all` says of one conversation that is one example; all of it is encoded again by the reference."""
+    (verdict,) = prove_all(chat, [Claim(where, {"messages": messages, "tools": None}, [example])], train_on)
+    if verdict is not None:
+        raise verdict
 
-    def require(right: bool, what: str) -> None:
-        if not right:
-            raise DataError(f"{where}: {what}.", _REMEDY)
 
-    def normal(text: str) -> str:
-        return normaliser.normalize_str(text) if normaliser else text
+class _Wanted(NamedTuple):
+    """What the ids of an example must say, and at which of its bytes supervised spans start and stop, in turn."""
 
-    def reads(start: int, stop: int, first: int, last: int) -> bool:
-        """Whether tokens start..stop say the rendered characters first..last."""
-        return normal(chat.tokenizer.decode(ids[start:stop], skip_special_tokens=False)) == normal(text[first:last])
+    example: Example
+    said: bytes
+    edges: list[int]
 
-    text = chat.render(messages)
-    answers = locate_answers(chat, messages, text, where)
-    trained = [a for a in (answers[-1:] if train_on == "last_assistant" else answers) if messages[a.message].get("weight", 1)]
-    runs = _supervised_runs(weights)
 
-    require(len(ids) == len(weights), f"{len(ids)} tokens have {len(weights)} weights")
-    if not reads(0, len(ids), 0, len(text)):
+def _quick_doubts(chat: Chat, claims: Sequence[Claim], quick: list[int], train_on: str) -> set[int]:
+    """Those of the claims numbered in `quick` that do not hold at first sight; all arithmetic on one array of ids.
+
+    The template was seen to copy these texts without a look, so what it writes around placeholders it writes around them; every
+    16th is rendered for all that, and so is each with white space at the ends of a text, which a template may strip.
+    """
+    wanted: dict[int, _Wanted | None] = {}
+    rendered = []
+    for n, i in enumerate(quick):
+        (example,) = claims[i].examples
+        wanted[i] = _around(chat, claims[i].conversation["messages"], example, train_on) if n % _RENDER_EVERY else None
+        if wanted[i] is None:
+            rendered.append(i)
+    texts = chat.render_all([(claims[i].conversation["messages"], None, False) for i in rendered])
+    for i, text in zip(rendered, texts, strict=True):
+        (example,) = claims[i].examples
+        wanted[i] = _in_text(chat, claims[i].conversation["messages"], example, train_on, text)
+
+    certain = [found for found in wanted.values() if found is not None]
+    doubts = {i for i, found in wanted.items() if found is None or not chat.prompts_are_prefixes(claims[i].conversation["messages"])}
+    if certain and not _holds(chat, certain):
+        doubts |= wanted.keys()  # rare: find out which, one by one
+    return doubts
+
+
+def _around(chat: Chat, messages: list[Message], example: Example, train_on: str) -> _Wanted | None:
+    """Put texts where the placeholders were; None where that may not be what the template does, or more than plain bytes."""
+    between = _template_text(chat, tuple([message["role"] for message in messages]))
+    trained = trained_turns(messages, train_on)
+    said = [between[0][0].encode()]
+    edges = []
+    at = len(said[0])
+    for k, message in enumerate(messages):
+        content, (after, end) = message["content"], between[k + 1]
+        if content[0].isspace() or content[-1].isspace() or not chat.encoder.is_literal(content):
+            return None
+        said += (content.encode(), after.encode())
+        stop = at + len(said[-2])
+        if k in trained:
+            edges += (at, stop + end)  # the template's words up to the end of an answer are control tokens and ASCII
+        at = stop + len(said[-1])
+    return _Wanted(example, b"".join(said), edges)
+
+
+def _in_text(chat: Chat, messages: list[Message], example: Example, train_on: str, text: str | TemplateError) -> _Wanted | None:
+    """The same from the rendered text."""
+    if not isinstance(text, str):
+        return None
+    try:
+        answers = locate_answers(chat, messages, text, "")
+    except UserError:
+        return None
+    trained = trained_turns(messages, train_on)
+    cuts = [answer.start for answer in answers]
+    edges = [edge for answer in answers if answer.message in trained for edge in (answer.start, answer.stop)]
+    return _Wanted(example, chat.said(text, cuts), [len(chat.said(text[:edge], [c for c in cuts if c < edge])) for edge in edges])
+
+
+def _holds(chat: Chat, wanted: Sequence[_Wanted]) -> bool:
+    """Whether all of these ids say what they must and are supervised where they must."""
+    if any(2 * len(example.spans) != len(edges) for example, _, edges in wanted):
+        return False
+    ids = np.concatenate([example.ids for example, _, _ in wanted])
+    ends = np.concatenate([[0], np.cumsum(chat.num_bytes_of[ids])])
+    firsts = np.cumsum([0, *(len(example.ids) for example, _, _ in wanted)])
+    byte_firsts = np.cumsum([0, *(len(said) for _, said, _ in wanted)])
+    tokens = [
+        first + edge for first, (example, _, _) in zip(firsts.tolist(), wanted, strict=False) for span in example.spans for edge in span
+    ]
+    edges = [first + edge for first, (_, _, edges) in zip(byte_firsts.tolist(), wanted, strict=False) for edge in edges]
+    return (
+        np.array_equal(ends[firsts], byte_firsts)
+        and np.array_equal(ends[tokens], edges)
+        and chat.says(ids.tolist()) == b"".join(said for _, said, _ in wanted)
+    )
+
+
+def _prove(chat: Chat, claim: Claim, train_on: str, reasoning: str) -> None:
+    """One claim, step by step, with a name for everything that can be wrong."""
+    conversation, where = claim.conversation, claim.where
+    if conversation.get("text"):
+        (example,) = claim.examples
+        text = conversation["messages"][0]["content"]
+        right = chat.says(example.ids.tolist()) == chat.text_said(text) and example.spans == ((1, len(example.ids)),)
+        _require(right, where, "the tokens are not the text")
+        return
+    trained = trained_turns(conversation["messages"], train_on)
+    whole = len(claim.examples) == 1 and claim.examples[0].stop == len(conversation["messages"])
+    claimed = trained if whole else [example.stop - 1 for example in claim.examples]
+    _require(claimed == trained, where, f"messages {[k + 1 for k in trained]} are to be trained, but {[k + 1 for k in claimed]} are")
+    for example in claim.examples:
+        _prove_one(chat, conversation, example, trained if whole else [example.stop - 1], whole, reasoning, where)
+
+
+def _prove_one(
+    chat: Chat, conversation: dict[str, Any], example: Example, trained: list[int], whole: bool, reasoning: str, where: str
+) -> None:
+    chat = chat.with_backend("hf")
+    messages, tools = conversation["messages"][: example.stop], conversation.get("tools")
+    ids = example.ids.tolist()
+    text = chat.render(messages, tools=tools)
+    if _is_plain(chat, {"messages": messages, "tools": tools}):
+        answers = locate_answers(chat, messages, text, where)
+    else:
+        answers = _locate_by_prefix(chat, messages, tools, text, trained, whole, where)
+    answers = [answer for answer in answers if answer.message in trained]
+
+    cuts = chat.cuts(messages, tools, text)
+    if chat.says(ids) != chat.said(text, cuts):
         _refuse_lost_characters(chat, messages, where)
-        require(False, "the tokens do not decode to what the chat template renders")
-    token = char = 0
-    for answer, (start, stop) in zip(trained, runs, strict=False):
+        _require(False, where, "the tokens do not say what the chat template renders")
+    ends = np.concatenate([[0], np.cumsum(chat.num_bytes_of[example.ids])])
+    spans, found = list(example.spans), 0
+    for answer, (start, stop) in zip(answers, spans, strict=False):
+        found += 1
         turn = f"message {answer.message + 1} (assistant)"
-        require(
-            reads(token, start, char, answer.start), f"{turn}: token {start} is the first one supervised, but not where the answer begins"
-        )
-        require(
-            reads(start, stop, answer.start, answer.stop), f"{turn}: supervised tokens {start} to {stop - 1} are not the answer and its end"
-        )
-        token, char = stop, answer.stop
-    if len(runs) > len(trained):
-        require(False, f"token {runs[len(trained)][0]} is supervised, but belongs to no answer that is trained")
-    if len(trained) > len(runs):
-        require(False, f"message {trained[len(runs)].message + 1} (assistant) is trained, but has no supervised token")
+        first, last = (len(chat.said(text[:edge], [c for c in cuts if c < edge])) for edge in (answer.start, answer.stop))
+        if reasoning == "mask" and messages[answer.message].get("reasoning"):
+            thought = answer.start + reasoning_end(text[answer.start : answer.stop], messages[answer.message])
+            latest = len(chat.said(text[:thought], [c for c in cuts if c < thought]))
+            right = first <= ends[start] <= latest < ends[start + 1]
+        else:
+            right = ends[start] == first
+        _require(bool(right), where, f"{turn}: token {start} is the first one supervised, but not where the answer begins")
+        _require(bool(ends[stop] == last), where, f"{turn}: supervised tokens {start} to {stop - 1} are not the answer and its end")
+    if len(spans) > found:
+        _require(False, where, f"token {spans[found][0]} is supervised, but belongs to no answer that is trained")
+    if len(answers) > found:
+        _require(False, where, f"message {answers[found].message + 1} (assistant) is trained, but has no supervised token")
 
-    starts = {answer.message: start for answer, (start, _) in zip(trained, runs, strict=True)}
-    prompts = chat.prompts(messages)
     for answer in answers:
-        prompt = prompts[answer.message]
-        turn = f"message {answer.message + 1} (assistant)"
+        prompt = chat.prompt(messages[: answer.message], tools)
         if ids[: len(prompt)] != prompt:
             different = next((t for t, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(ids))
-            require(False, f"{turn}: from token {different} on, training sees another prompt than the server sends")
-        require(
-            starts.get(answer.message, len(prompt)) == len(prompt),
-            f"{turn}: the prompt has {len(prompt)} tokens, the answer starts elsewhere",
-        )
+            turn = f"message {answer.message + 1} (assistant)"
+            _require(False, where, f"{turn}: from token {different} on, training sees another prompt than the server sends")
+    _require(ids == chat.encode_rendered(text, cuts), where, "the tokens say the text otherwise than the tokenizers library does")
 
 
 def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -> list[Answer]:
-    """Where each assistant turn, end-of-turn token included, stands in the rendered `text`.
+    """Where each assistant turn, end-of-turn token included, stands in the rendered `text` of a conversation of texts.
 
     Raises DataError for a template that does more to a message than copy or strip it.
     """
-    between = _template_text(chat, tuple(m["role"] for m in messages))
+    between = _template_text(chat, tuple([m["role"] for m in messages]))
     answers = []
-    at = len(between[0])
+    at = len(between[0][0])
+    if not text.startswith(between[0][0]):
+        raise DataError(f"{where}: the chat template changes the text of message 1 ({messages[0]['role']}).", _REMEDY)
     for index, message in enumerate(messages):
-        content, after = message["content"], between[index + 1]
-        if not text.startswith(content + after, at):
+        content, (after, end) = message["content"], between[index + 1]
+        if not text.startswith(after, at + len(content)) or not text.startswith(content, at):
             content = content.strip()
-        if not text.startswith(content + after, at) or not text.startswith(between[0]):
-            raise DataError(f"{where}: the chat template changes the text of message {index + 1} ({message['role']}).", _REMEDY)
+            if not text.startswith(after, at + len(content)) or not text.startswith(content, at):
+                raise DataError(f"{where}: the chat template changes the text of message {index + 1} ({message['role']}).", _REMEDY)
         start, at = at, at + len(content)
         if message["role"] == "assistant":
-            end = chat.control_pattern.search(after)
-            if end is None or chat.control[end[0]] not in chat.stop_ids:
+            if end < 0:
                 raise DataError(f"{where}: the chat template does not end message {index + 1} (assistant).", _REMEDY)
-            answers.append(Answer(index, start, at + end.end()))
+            answers.append(Answer(index, start, at + end))
         at += len(after)
     if at != len(text):
         raise DataError(f"{where}: the chat template adds text of its own after the last message.", _REMEDY)
     return answers
 
 
+def _locate_by_prefix(
+    chat: Chat, messages: list[Message], tools: str | None, text: str, trained: list[int], whole: bool, where: str
+) -> list[Answer]:
+    """The same for any conversation: an answer begins where its prompt ends. Raises DataError where the template loses something."""
+    asked = [ask for k in trained for ask in ((messages[:k], tools, True), (messages[: k + 1], tools, False))]
+    renders = chat.render_all(asked)
+    answers = []
+    for n, k in enumerate(trained):
+        prefix, alone = renders[2 * n], renders[2 * n + 1]
+        turn = f"message {k + 1} (assistant)"
+        _require(
+            isinstance(prefix, str) and text.startswith(prefix), where, f"{turn}: the conversation does not go on from the server's prompt"
+        )
+        assert isinstance(prefix, str)
+        stop = next((m.end() for m in chat.control_pattern.finditer(text, len(prefix)) if m[0] in chat.ends), -1)
+        _require(stop > 0, where, f"the chat template does not end {turn}")
+        _require(isinstance(alone, str) and alone.startswith(text[:stop]), where, f"{turn}: the answer depends on what comes after it")
+        answers.append(Answer(k, len(prefix), stop))
+        answer, message = text[len(prefix) : stop], messages[k]
+        parts = [
+            message["content"].strip(),
+            message.get("reasoning", "").strip(),
+            *(call["name"] for call in message.get("tool_calls", ())),
+        ]
+        _require(all(part in answer for part in parts), where, f"the chat template changes the text of {turn}, or leaves part of it out")
+    _require_every_text(messages if whole else messages[-2:], text, where)
+    for name in chat.tool_names(tools):
+        _require(name in text, where, f"the chat template leaves out the tool `{name}`")
+    return answers
+
+
+def _require_every_text(messages: list[Message], text: str, where: str) -> None:
+    """Each text must be there; a tool's may be quoted as JSON, and old reasoning and old calls may be left out."""
+    for index, message in enumerate(messages):
+        if message["role"] != "tool":
+            content = message["content"].strip()
+            _require(content in text, where, f"the chat template changes the text of message {index + 1} ({message['role']})")
+
+
+def _is_plain(chat: Chat, conversation: dict[str, Any]) -> bool:
+    """Whether placeholders can stand for its texts: the template copies them without a look, and none is empty."""
+    return chat.planned(conversation) and all(message["content"] for message in conversation["messages"])
+
+
+def _require(right: bool, where: str, what: str) -> None:
+    if not right:
+        raise DataError(f"{where}: {what}.", _REMEDY)
+
+
 def _refuse_lost_characters(chat: Chat, messages: list[Message], where: str) -> None:
     """Byte-level vocabularies can lack bytes (SmolLM2's cannot write U+0013, say) and drop them without a word."""
     for index, message in enumerate(messages):
-        for character in dict.fromkeys(message["content"]):
-            if chat.decode(chat.tokenizer.encode(character, add_special_tokens=False).ids) != character:
+        for character in dict.fromkeys(message["content"] + message.get("reasoning", "")):
+            if chat.says(chat.encoder.encode(character)) != chat.said(character):
                 raise DataError(
                     f"{where}: message {index + 1} ({message['role']}) contains U+{ord(character):04X}, which the tokenizer cannot write.",
                     "Remove the character.",
@@ -120,23 +301,13 @@ def _refuse_lost_characters(chat: Chat, messages: list[Message], where: str) -> 
 
 
 @functools.lru_cache(maxsize=1024)
-def _template_text(chat: Chat, roles: tuple[str, ...]) -> list[str]:
-    """What the template itself writes before, between and after messages of these roles."""
+def _template_text(chat: Chat, roles: tuple[str, ...]) -> list[tuple[str, int]]:
+    """What the template itself writes before, between and after messages of these roles; and how much of that ends an answer, or -1."""
     mark = "\ue000"
     rendered = chat.render([{"role": role, "content": f"{mark}{i}{mark}"} for i, role in enumerate(roles)])
     parts = []
     for i in range(len(roles)):
         before, found, rendered = rendered.partition(f"{mark}{i}{mark}")
         parts.append(before if found else mark)  # a message that is left out or moved: no text will match a bare mark
-    return [*parts, rendered]
-
-
-def _supervised_runs(weights: list[float]) -> list[tuple[int, int]]:
-    """[start, stop) of every stretch of tokens with a weight above zero."""
-    runs = []
-    at = 0
-    for supervised, stretch in groupby(weights, key=lambda w: w > 0):
-        start, at = at, at + sum(1 for _ in stretch)
-        if supervised:
-            runs.append((start, at))
-    return runs
+    ends = [[m.end() for m in chat.control_pattern.finditer(part) if m[0] in chat.ends] for part in [*parts, rendered]]
+    return [(part, end[0] if end else -1) for part, end in zip([*parts, rendered], ends, strict=True)]

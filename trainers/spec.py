@@ -56,13 +56,13 @@ class ModelPart(Part):
     base: str = "smollm2-135m-instruct"
     """A catalogue id or alias, a local Hugging Face folder, or a hub id (`org/name`)."""
     template: str = "auto"
-    """The chat template: the tokenizer's own (`auto`), a built-in one (`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, `vicuna`),
-    or a Jinja file."""
+    """The chat template: the tokenizer's own (`auto`), a built-in one (`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`,
+    `vicuna`), or a Jinja file."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
     """The longest example, in tokens, template included."""
     overlength: Literal["refuse", "drop", "truncate_prompt", "split_turns"] = "refuse"
-    """What happens to a longer example: the job stops and names it; it is left out; its prompt loses turns, then text, from the front; or its
-    turns are spread over several examples. Never is an answer cut, and each case is counted."""
+    """What happens to a longer example: the job stops and names it; it is left out; its prompt loses turns, then text, from the front;
+    or its turns are spread over several examples. Never is an answer cut, and each case is counted."""
 
 
 Check = Literal["off", "report", "drop"]
@@ -102,7 +102,8 @@ class Curate(Part):
     languages: list[str] = []
     """ISO 639-1 codes; examples in another language are left out. Empty: any."""
     personal_data: Literal["off", "report", "mask", "refuse"] = "off"
-    """E-mail addresses, phone, social security, card and medical record numbers: counted, replaced by `[EMAIL]` and so on, or the job stops."""
+    """E-mail addresses, phone, social security, card and medical record numbers: counted, replaced by `[EMAIL]` and so on, or the job
+    stops."""
     duplicates: Check = "report"
     """Examples with the same messages; the first stays."""
     near_duplicates: NearDuplicates | None = None

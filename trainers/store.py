@@ -18,9 +18,10 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,24 +48,43 @@ SCHEMA = pa.schema(
 )
 
 
-class Row(NamedTuple):
-    """One example on its way into a store: `input_ids` int32 [T], runs as in SCHEMA, `supervised` = number of tokens with weight > 0."""
-
-    input_ids: np.ndarray
-    run_weights: np.ndarray
-    run_lengths: np.ndarray
-    supervised: int
-    id: str
-    slice: str | None
+Spans = Sequence[tuple[int, int]]
+"""Stretches [start, stop) of supervised tokens, in order."""
 
 
-def encode_runs(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [T] -> (run weights float32 [R], run lengths int32 [R])."""
-    weights = np.asarray(weights, np.float32)
-    if not len(weights):
-        return weights, np.zeros(0, np.int32)
-    starts = np.flatnonzero(np.diff(weights, prepend=np.nan) != 0)
-    return weights[starts], np.diff(starts, append=len(weights)).astype(np.int32)
+def to_table(ids: Sequence[np.ndarray], spans: Sequence[Spans], names: Sequence[str], slices: Sequence[str | None]) -> pa.Table:
+    """Examples as rows of a store: `ids` int32 [T] each, with a loss weight of 1 inside their spans and 0 elsewhere."""
+    run_weights: list[float] = []
+    run_lengths: list[int] = []
+    num_runs, supervised = [], []
+    for tokens, stretches in zip(ids, spans, strict=True):
+        before, at, count = len(run_lengths), 0, 0
+        for start, stop in stretches:
+            if start > at or (before == len(run_lengths) and start == at):
+                if start > at:
+                    run_weights.append(0.0)
+                    run_lengths.append(start - at)
+                run_weights.append(1.0)
+                run_lengths.append(stop - start)
+            else:  # it goes on where the one before ended
+                run_lengths[-1] += stop - start
+            at, count = stop, count + stop - start
+        if at < len(tokens):
+            run_weights.append(0.0)
+            run_lengths.append(len(tokens) - at)
+        num_runs.append(len(run_lengths) - before)
+        supervised.append(count)
+    lengths = [len(tokens) for tokens in ids]
+    columns = [
+        _lists(lengths, np.concatenate([np.zeros(0, np.int32), *ids]), "input_ids"),
+        _lists(num_runs, np.array(run_weights, np.float32), "run_weights"),
+        _lists(num_runs, np.array(run_lengths, np.int32), "run_lengths"),
+        pa.array(lengths, pa.int32()),
+        pa.array(supervised, pa.int32()),
+        pa.array(names, pa.string()),
+        pa.array(slices, pa.string()),
+    ]
+    return pa.table(columns, schema=SCHEMA)
 
 
 class StoreWriter:
@@ -80,21 +100,24 @@ class StoreWriter:
         _remove_stale(parent)
         self._temporary = parent / f".{self.folder.name}.{uuid.uuid4().hex[:8]}.tmp"
         self._temporary.mkdir()
-        self._rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+        self._waiting: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
         self._shards: dict[str, list[int]] = {split: [] for split in SPLITS}
         self._files: dict[str, dict[str, int | str]] = {}
 
-    def append(self, split: str, row: Row) -> None:
-        rows = self._rows[split]
-        rows.append(row)
-        if len(rows) == SHARD_ROWS:
-            self._close_shard(split)
+    def append(self, split: str, rows: pa.Table) -> None:
+        """Add rows of SCHEMA."""
+        waiting = self._waiting[split]
+        waiting.append(rows)
+        while (num := sum(len(table) for table in waiting)) >= SHARD_ROWS:
+            together = pa.concat_tables(waiting)
+            self._write_shard(split, together.slice(0, SHARD_ROWS))
+            waiting[:] = [together.slice(SHARD_ROWS)] if num > SHARD_ROWS else []
 
     def commit(self, report_json: str) -> None:
         """Write the rest, the report and the manifest, and rename the folder into place; a whole store already there stays."""
         for split in SPLITS:
-            if self._rows[split]:
-                self._close_shard(split)
+            if self._waiting[split]:
+                self._write_shard(split, pa.concat_tables(self._waiting[split]))
         self._add_file("data_report.json", report_json.encode())
         manifest = {"version": STORE_VERSION, "key": self.folder.name, "shard_rows": SHARD_ROWS, "rows": self._shards, "files": self._files}
         write_atomic(self._temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -116,19 +139,10 @@ class StoreWriter:
     def abandon(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _close_shard(self, split: str) -> None:
-        rows, self._rows[split] = self._rows[split], []
+    def _write_shard(self, split: str, rows: pa.Table) -> None:
         name = f"{split}-{len(self._shards[split]):05d}.arrow"
         # Arrays are built afresh from all rows, so a shard's bytes do not depend on how the rows arrived.
-        columns = [
-            _lists([r.input_ids for r in rows], np.int32, SCHEMA.field("input_ids").type),
-            _lists([r.run_weights for r in rows], np.float32, SCHEMA.field("run_weights").type),
-            _lists([r.run_lengths for r in rows], np.int32, SCHEMA.field("run_lengths").type),
-            pa.array([len(r.input_ids) for r in rows], pa.int32()),
-            pa.array([r.supervised for r in rows], pa.int32()),
-            pa.array([r.id for r in rows], pa.string()),
-            pa.array([r.slice for r in rows], pa.string()),
-        ]
+        columns = [_fresh(rows.column(field.name), field) for field in SCHEMA]
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
@@ -143,10 +157,21 @@ class StoreWriter:
         self._files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _lists(values: list[np.ndarray], dtype: type, kind: pa.DataType) -> pa.Array:
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum([len(v) for v in values], out=offsets[1:])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values).astype(dtype, copy=False)), type=kind)
+def _lists(lengths: Sequence[int] | np.ndarray, values: np.ndarray, name: str) -> pa.Array:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values), type=SCHEMA.field(name).type)
+
+
+def _fresh(column: pa.ChunkedArray, field: pa.Field) -> pa.Array:
+    """The same values in buffers of their own, without offsets or leftovers of other arrays."""
+    if pa.types.is_large_list(field.type):
+        lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks])
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+        return _lists(lengths, values, field.name)
+    if pa.types.is_string(field.type):
+        return pa.array(column.to_pylist(), field.type)
+    return pa.array(column.to_numpy(), field.type)
 
 
 def _remove_stale(parent: Path) -> None:

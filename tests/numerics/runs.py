@@ -12,7 +12,7 @@ from trainers import resolve
 from trainers.parallel import World
 from trainers.records import RunDir, TrainRecord
 from trainers.spec import JobSpec, Placement
-from trainers.store import Row, StoreWriter, TokenStore, encode_runs
+from trainers.store import StoreWriter, TokenStore, to_table
 from trainers.train import train
 
 
@@ -31,8 +31,9 @@ def make_store(folder: Path, train_examples: int = 24, validation_examples: int 
     rng = np.random.default_rng(seed)
     writer = StoreWriter(folder)
     for split, count in (("train", train_examples), ("validation", validation_examples)):
-        for i, (ids, weights) in enumerate(random_examples(rng, count)):
-            writer.append(split, Row(ids, *encode_runs(weights), supervised=int((weights > 0).sum()), id=f"{split}:{i + 1}", slice=None))
+        ids, weights = zip(*random_examples(rng, count), strict=True)
+        spans = [[(int(t), int(t) + 1) for t in np.flatnonzero(w)] for w in weights]
+        writer.append(split, to_table(ids, spans, [f"{split}:{i + 1}" for i in range(count)], [None] * count))
     writer.commit("{}")
     return folder
 

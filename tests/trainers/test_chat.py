@@ -63,7 +63,7 @@ def test_same_ids_as_transformers(folder: str, request: pytest.FixtureRequest) -
     reference = AutoTokenizer.from_pretrained(folder_path)
     chat = Chat.load(folder_path)
     for messages in CONVERSATIONS:
-        assert chat.example(messages).ids == reference.apply_chat_template(messages, return_dict=False)
+        assert chat.example(messages).ids.tolist() == reference.apply_chat_template(messages, return_dict=False)
         for stop in range(1, len(messages)):
             wanted = reference.apply_chat_template(messages[:stop], add_generation_prompt=True, return_dict=False)
             assert chat.prompt(messages[:stop]) == wanted
@@ -85,11 +85,11 @@ def test_any_conversation_keeps_every_promise(chat: Chat, messages: list[Message
     plain = [m["content"] for m in messages]
     assume(all(chat.decode(chat.tokenizer.encode(text).ids) == text for text in plain))  # SmolLM2 lacks a few bytes; see test_proof
     example = chat.example(messages, train_on)
-    assert chat.tokenizer.decode(example.ids, skip_special_tokens=False) == chat.render(messages)
+    assert chat.tokenizer.decode(example.ids.tolist(), skip_special_tokens=False) == chat.render(messages)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for index in answers:
         prompt = chat.prompt(messages[:index])
-        assert example.ids[: len(prompt)] == prompt == chat.prompts(messages)[index]
+        assert example.ids[: len(prompt)].tolist() == prompt == chat.prompts(messages)[index]
     trained = [messages[i]["content"] for i in (answers[-1:] if last else answers) if messages[i].get("weight", 1)]
     supervised = [i for i, w in zip(example.ids, example.weights, strict=True) if w]
     assert supervised.count(chat.control["<|im_end|>"]) == len(trained)
@@ -105,7 +105,7 @@ def test_one_turn_can_be_left_untrained(chat: Chat) -> None:
     assert chat.decode(supervised) == messages[3]["content"] + messages[5]["content"]
     last = chat.example(messages, "last_assistant")
     assert chat.decode([i for i, w in zip(last.ids, last.weights, strict=True) if w]) == messages[5]["content"]
-    assert last.ids == example.ids == chat.example(CONVERSATIONS[2]).ids
+    assert last.ids.tolist() == example.ids.tolist() == chat.example(CONVERSATIONS[2]).ids.tolist()
 
 
 def test_an_example_without_supervised_tokens_is_refused(chat: Chat) -> None:
@@ -129,11 +129,11 @@ def test_other_special_strings_are_plain_text(chat: Chat) -> None:
     example = chat.example(messages)
     assert special in chat.tokenizer.encode("<filename>").ids  # the tokenizer alone would read a command
     assert special not in example.ids and special not in chat.prompt(messages[:1])
-    assert chat.tokenizer.decode(example.ids, skip_special_tokens=False) == chat.render(messages)
+    assert chat.tokenizer.decode(example.ids.tolist(), skip_special_tokens=False) == chat.render(messages)
 
 
 def test_decode_leaves_out_control_tokens_only(chat: Chat) -> None:
-    ids = chat.example(CONVERSATIONS[0]).ids
+    ids = chat.example(CONVERSATIONS[0]).ids.tolist()
     assert chat.decode(ids).endswith("user\nHi\nassistant\nHello!\n")
     assert chat.stop_ids == {chat.control["<|im_end|>"]} and chat.eos_id in chat.stop_ids
 
@@ -142,7 +142,7 @@ def test_pickled_chat_gives_the_same_ids_and_is_built_once(chat: Chat) -> None:
     data = pickle.dumps(chat)
     copies = [pickle.loads(data) for _ in range(2)]
     assert copies[0] is copies[1]
-    assert copies[0].example(CONVERSATIONS[2]) == chat.example(CONVERSATIONS[2])
+    assert copies[0].example(CONVERSATIONS[2]).ids.tolist() == chat.example(CONVERSATIONS[2]).ids.tolist()
 
 
 REWRITES = (  # the last user message alone carries an instruction, as some templates do with the system prompt
@@ -160,7 +160,7 @@ REWRITES = (  # the last user message alone carries an instruction, as some temp
         ("{% for m in messages %}{{ m.content", "not valid Jinja"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "changes the text"),
-        ("{{ messages.__class__.__mro__ }}<|im_end|>", "refuses"),
+        ("{{ messages.__class__.__mro__ }}<|im_end|>", "is unsafe"),
     ],
 )
 def test_a_template_that_cannot_be_trained_is_refused(tiny: Path, template: str, says: str) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from trainers.chat import Chat
 from trainers.errors import DataError, Fenced, TemplateError
-from trainers.prepare import TOO_LONG, prepare
+from trainers.examine import TOO_LONG
+from trainers.prepare import prepare
 from trainers.records import DataReport, PrepareRecord, RunDir
 from trainers.spec import JobSpec
 from trainers.store import TokenStore
@@ -85,7 +86,7 @@ def test_every_example_is_stored_as_chat_makes_it(desk: Desk) -> None:
     assert list(train) == sorted(train, key=lambda id: int(id.split(":")[1]))  # file order
     for i, row in enumerate(data, 1):
         wanted = chat.example(row["messages"])
-        assert (train | validation)[f"d.jsonl:{i}"] == (wanted.ids, wanted.weights)
+        assert (train | validation)[f"d.jsonl:{i}"] == (wanted.ids.tolist(), wanted.weights)
 
     report = desk.report()
     (source,) = report.sources
@@ -127,7 +128,7 @@ def test_too_long_examples_are_refused_by_name_or_dropped_and_counted(desk: Desk
     (source,) = desk.report().sources
     assert (source.read, source.kept, source.dropped) == (20, 18, {TOO_LONG: 2})
     assert len(examples(record, "train")) + len(examples(record, "validation")) == 18
-    assert any("2 of 20 examples left out" in e.message for _, events in RunDir(desk.root / "run2").events() for e in events)
+    assert any("2 of 20 rows left out" in e.message for _, events in RunDir(desk.root / "run2").events() for e in events)
     with pytest.raises(DataError, match=r"d.jsonl: no example is left to train on \(20 longer than max_length\)") as error:
         desk.prepare(sources, max_length=8, overlength="drop")
     assert error.value.param == "training_file"

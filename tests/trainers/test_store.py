@@ -9,27 +9,34 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers import store
 from trainers.errors import StoreError
-from trainers.store import Row, StoreWriter, TokenStore, encode_runs, is_store
+from trainers.store import StoreWriter, TokenStore, is_store, to_table
 
 
-def row(i: int, num_tokens: int = 5) -> Row:
+def example(i: int, num_tokens: int = 5) -> tuple[np.ndarray, np.ndarray, str, str | None]:
+    """(ids, weights, id, slice) of example i; all but every third token are supervised."""
     weights = np.array([0.0] + [float(t % 3 > 0) for t in range(1, num_tokens)], np.float32)
-    ids = np.arange(i, i + num_tokens, dtype=np.int32)
-    return Row(ids, *encode_runs(weights), int(np.count_nonzero(weights)), f"a.jsonl:{i}", None if i % 2 else f"s{i % 4}")
+    return np.arange(i, i + num_tokens, dtype=np.int32), weights, f"a.jsonl:{i}", None if i % 2 else f"s{i % 4}"
 
 
-def write(folder: Path, num_train: int = 10, num_validation: int = 3) -> Path:
+def table(*examples: tuple[np.ndarray, np.ndarray, str, str | None]) -> pa.Table:
+    ids, weights, names, slices = zip(*examples, strict=True)
+    spans = [[(int(t), int(t) + 1) for t in np.flatnonzero(w)] for w in weights]
+    return to_table(ids, spans, names, slices)
+
+
+def write(folder: Path, num_train: int = 10, num_validation: int = 3, at_once: int = 1) -> Path:
     writer = StoreWriter(folder)
-    for i in range(num_train):
-        writer.append("train", row(i, 2 + i % 7))
-        if i < num_validation:
-            writer.append("validation", row(100 + i))
+    for i in range(0, num_train, at_once):
+        writer.append("train", table(*(example(n, 2 + n % 7) for n in range(i, min(i + at_once, num_train)))))
+    for i in range(num_validation):
+        writer.append("validation", table(example(100 + i)))
     writer.commit('{"sources": []}')
     return folder
 
@@ -45,12 +52,12 @@ def test_rows_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_r
     train, validation = TokenStore(folder, "train"), TokenStore(folder, "validation")
     assert (len(train), len(validation), train.key) == (10, 3, "abc")
     for i in range(10):
-        wanted = row(i, 2 + i % 7)
+        wanted_ids, wanted_weights, name, slice = example(i, 2 + i % 7)
         ids, weights = train.get(i)
         assert ids.dtype == np.int32 and weights.dtype == np.float32
-        assert ids.tolist() == wanted.input_ids.tolist() and weights.tolist() == np.repeat(wanted.run_weights, wanted.run_lengths).tolist()
-        assert (train.example_id(i), train.slice(i)) == (wanted.id, wanted.slice)
-        assert (train.lengths[i], train.supervised[i]) == (len(wanted.input_ids), wanted.supervised)
+        assert ids.tolist() == wanted_ids.tolist() and weights.tolist() == wanted_weights.tolist()
+        assert (train.example_id(i), train.slice(i)) == (name, slice)
+        assert (train.lengths[i], train.supervised[i]) == (len(wanted_ids), np.count_nonzero(wanted_weights))
     assert train.lengths.dtype == train.supervised.dtype == np.int32
     assert validation.get(2)[0][0] == 102
     train.verify()
@@ -69,17 +76,22 @@ def test_an_empty_split_has_no_rows(tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.sampled_from([0.0, 1.0, 0.5]), max_size=30))
-def test_runs_are_exact(weights: list[float]) -> None:
-    run_weights, run_lengths = encode_runs(np.array(weights, np.float32))
-    assert np.repeat(run_weights, run_lengths).tolist() == weights
-    assert all(a != b for a, b in itertools.pairwise(run_weights))
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=30), st.booleans())
+def test_runs_are_exact(weights: list[float], joined: bool) -> None:
+    spans = [(t, t + 1) for t, w in enumerate(weights) if w]
+    if joined:
+        runs = [(key, list(group)) for key, group in itertools.groupby(enumerate(weights), key=lambda pair: pair[1])]
+        spans = [(group[0][0], group[-1][0] + 1) for key, group in runs if key]
+    (row,) = to_table([np.arange(len(weights), dtype=np.int32)], [spans], ["a"], [None]).to_pylist()
+    assert np.repeat(row["run_weights"], row["run_lengths"]).tolist() == weights
+    assert all(a != b for a, b in itertools.pairwise(row["run_weights"])) and all(row["run_lengths"])
+    assert (row["length"], row["supervised"]) == (len(weights), sum(weights))
 
 
 def test_a_store_exists_only_once_committed(tmp_path: Path) -> None:
     folder = tmp_path / "k"
     writer = StoreWriter(folder)
-    writer.append("train", row(0))
+    writer.append("train", table(example(0)))
     assert not folder.exists()
     writer.abandon()
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +130,9 @@ def test_a_store_of_another_version_is_none(tmp_path: Path) -> None:
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
-    assert content(write(tmp_path / "a" / "k")) == content(write(tmp_path / "b" / "k"))
+    one = content(write(tmp_path / "a" / "k", 10_000))
+    assert one == content(write(tmp_path / "b" / "k", 10_000, at_once=3_000)) == content(write(tmp_path / "c" / "k", 10_000, at_once=9_999))
+    assert len(one) == 3 + 1 + 2
 
 
 def test_writers_of_one_key_do_not_harm_each_other(tmp_path: Path) -> None:
@@ -141,7 +155,7 @@ def test_the_first_store_stays_and_half_a_store_is_replaced(tmp_path: Path) -> N
 
 
 def test_what_dead_writers_left_goes_after_a_day(tmp_path: Path) -> None:
-    StoreWriter(tmp_path / "dead").append("train", row(0))
+    StoreWriter(tmp_path / "dead").append("train", table(example(0)))
     (left,) = tmp_path.iterdir()
     write(tmp_path / "k")
     assert left.exists()  # it may still be alive
