@@ -134,7 +134,16 @@ def load_template(path: Path) -> str:
 
 
 _BUILTIN: dict[str, tuple[tuple[str, ...], str]] = {
+    "alpaca": ((), "eos"),
     "chatml": (("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "gemma": (("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "llama2": ((), "eos"),
+    "llama3": (("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
+    "mistral": (
+        ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        "eos",
+    ),
+    "vicuna": ((), "eos"),
 }
 
 
