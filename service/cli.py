@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -185,8 +186,9 @@ def check(
     base = find_any(spec.model.base)
     resolved = resolve.defaults(spec, base)
     settings = Settings.load(home=home)
-    with _reading() as show:
-        report = survey(datajob.looking_at_everything(spec), ensure(base, settings.models, err.print), on_progress=show)
+    model_dir = ensure(base, settings.models, err.print)
+    with TemporaryDirectory(prefix="tuneyard-check-") as scratch, _reading() as show:
+        report = survey(datajob.looking_at_everything(spec), model_dir, Path(scratch), on_progress=show)
     about = datareport.about(spec)
     epoch = datareport.epoch_of(report, int(resolved.optim.batch_size), datajob.measured_speed(settings.runs, base.id))
     told = datareport.to_json(report, about, epoch)

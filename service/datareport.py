@@ -6,6 +6,7 @@ Pure. What is said here is said about a `DataReport`; where it came from (`tuney
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from dataclasses import asdict, dataclass
@@ -42,8 +43,10 @@ DONE = {
     "mask": "masked",
     "refuse": "stop a job",
     "repeat": "repeated",
+    "thin": "left out of an epoch",
     "shorten": "shortened",
     "split": "split",
+    "drop turns": "lost turns",
 }
 """What `Finding.action` means to the rows."""
 
@@ -57,8 +60,6 @@ TITLES = {
     "languages": "Other languages",
     "personal_data": "Personal data",
     "near_duplicates": "Near-duplicates",
-    "truncate_prompt": "Shortened prompts",
-    "split_turns": "Split conversations",
     "balance": "Class balance",
     "mixture": "Mixture",
 }
@@ -165,7 +166,7 @@ def _note(finding: Finding) -> Note:
         done=DONE.get(finding.action, finding.action),
         what_to_do=todo,
         kinds=[(kind, f"{number:,.6g}") for kind, number in kinds],
-        cases=[(case.where, case.text) for case in finding.cases],
+        cases=[(case.where, " ".join(case.text.split())) for case in finding.cases],
         stops=stops,
     )
 
@@ -177,14 +178,14 @@ def size_guide(examples: int) -> list[tuple[str, str, bool]]:
 
 
 def histogram(split: SplitReport, bins: int = NUM_BINS) -> list[tuple[str, int]]:
-    """(lengths of the bin, examples in it), shortest first, at most `bins` of them."""
+    """(lengths of the bin, examples in it), shortest first, at most `bins` of them; empty ones before the first example are left out."""
     each = -(-len(split.lengths) // bins) or 1
     out, low = [], 1
     for i in range(0, len(split.lengths), each):
         group = split.lengths[i : i + each]
         out.append((f"{low:,}-{group[-1][0]:,}", sum(count for _, count in group)))
         low = group[-1][0] + 1
-    return out
+    return [*itertools.dropwhile(lambda bar: not bar[1], out)]
 
 
 def shares(report: DataReport) -> list[tuple[str, int, int, float]]:

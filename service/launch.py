@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from serve.deploy import deploy
+from service import datareport
 from service.order import LaunchOrder
 from trainers import resolve
 from trainers.catalogue import Base, find_any
@@ -23,6 +24,8 @@ from trainers.chat import Chat
 from trainers.errors import Fenced, TuneyardError
 from trainers.fetch import ensure
 from trainers.records import (
+    TEMPLATE_FILE,
+    DataReport,
     DeployRecord,
     EvaluationRecord,
     ModelRecord,
@@ -57,7 +60,7 @@ def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir) -> OutcomeRecord:
     model_dir = ensure(base, Path(order.models), say=run.event)
     place = resolve.placement(spec, _cpus())
 
-    prepared = prepare_stage(spec, model_dir, Path(order.stores), run)
+    prepared = prepare_stage(spec, model_dir, order, run)
     spec = resolve.schedule(spec, len(TokenStore(Path(prepared.store), "train")), place)
     run.check_lease()
     write_atomic(run.path("resolved.json"), spec.to_json())
@@ -73,10 +76,15 @@ def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir) -> OutcomeRecord:
     return OutcomeRecord(status="succeeded")
 
 
-def prepare_stage(spec: JobSpec, model_dir: Path, stores: Path, run: RunDir) -> PrepareRecord:
+def prepare_stage(spec: JobSpec, model_dir: Path, order: LaunchOrder, run: RunDir) -> PrepareRecord:
     from trainers.prepare import prepare
 
-    return prepare(spec, model_dir, stores, run, executor="ray")
+    record = prepare(spec, model_dir, Path(order.stores), run, executor="ray", requested_by=order.requested_by)
+    report = run.read("data_report.json", DataReport)
+    assert report is not None  # `prepare` wrote it
+    page = datareport.page(report, datareport.about(spec), datareport.epoch_of(report, int(spec.optim.batch_size)))
+    write_atomic(run.path("data_report.html"), page)
+    return record
 
 
 def train_stage(spec: JobSpec, model_dir: Path, prepared: PrepareRecord, run: RunDir, place: Placement) -> TrainRecord:
@@ -94,7 +102,7 @@ def merge_stage(spec: JobSpec, base: Base, model_dir: Path, trained: TrainRecord
 
     run.progress("merge")
     step = trained.best_step or trained.step
-    record = merge.merge(run, base.id, model_dir, step, merge.probes(Chat.load(model_dir)), write=spec.export.merge)
+    record = merge.merge(run, base.id, model_dir, step, merge.probes(_chat(model_dir, run)), write=spec.export.merge)
     told = f"; merged, it is {record.kl:.1g} nats from base + adapter (the adapter's effect: {record.effect:.1g})" if record.merged else ""
     run.event(f"Model of step {step} is ready{told}.")
     return record
@@ -105,7 +113,7 @@ def deploy_stage(order: LaunchOrder, model_dir: Path, model: ModelRecord, run: R
         return
     assert order.serve_url is not None and order.serve_token_file is not None
     token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
-    record = deploy(run, model, order.model_name, order.serve_url, token, Chat.load(model_dir))
+    record = deploy(run, model, order.model_name, order.serve_url, token, _chat(model_dir, run))
     run.event(f"{order.model_name} answers (first answer after {record.first_answer_s:.1f} s).")
 
 
@@ -130,6 +138,11 @@ def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: R
         run.event(
             f"{task.name}: {task.metric} base {task.base[task.metric]:.1%}, tuned {task.tuned[task.metric]:.1%} ({task.examples} examples)."
         )
+
+
+def _chat(model_dir: Path, run: RunDir) -> Chat:
+    """The chat that the run's examples were rendered with: a Jinja file that the spec names may have changed since."""
+    return Chat.load(model_dir, run.path(TEMPLATE_FILE).read_text(encoding="utf-8"))
 
 
 def _cpus() -> int:

@@ -26,7 +26,8 @@ def renderable(preview: Preview, ids: bool, coloured: bool) -> RenderableType:
     legend.append(f"  train_on {preview.train_on}")
     parts: list[RenderableType] = [legend]
     for example in preview.examples:
-        parts += [Text(""), _head(example), _tokens(example, ids, coloured) if example.error is None else _error(example)]
+        parts += [Text(""), _head(example), *(Text(visible(note), style="yellow") for note in example.notes)]
+        parts += [_tokens(example, ids, coloured)] if example.tokens else []
     return Group(*parts)
 
 
@@ -38,16 +39,14 @@ def page(preview: Preview) -> str:
 
 def _head(example: PreviewExample) -> Text:
     head = Text(visible(example.id), style="bold")
-    if example.error is None:
+    if example.error is not None:
+        head.append("  refused: ", style="red").append(visible(str(example.error["message"])), style="not bold")
+    elif example.left_out is not None:
+        head.append("  left out: ", style="yellow").append(visible(example.left_out), style="not bold")
+    else:
         share = f"{example.supervised / example.num_tokens:.0%}"
         head.append(f"  {example.num_tokens:,} tokens, {example.supervised:,} supervised ({share})", style="not bold")
     return head
-
-
-def _error(example: PreviewExample) -> Text:
-    error = example.error or {}
-    text = Text("refused: ", style="red")
-    return text.append(visible(str(error.get("message", ""))), style="not red")
 
 
 def _tokens(example: PreviewExample, ids: bool, coloured: bool) -> Text:

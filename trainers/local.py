@@ -27,7 +27,7 @@ from trainers.errors import TuneyardError
 from trainers.fetch import default_models, ensure
 from trainers.parallel import World
 from trainers.prepare import prepare
-from trainers.records import PrepareRecord, RunDir, StepRecord, TrainRecord, write_atomic
+from trainers.records import TEMPLATE_FILE, PrepareRecord, RunDir, StepRecord, TrainRecord, write_atomic
 from trainers.spec import JobSpec
 from trainers.store import TokenStore
 from trainers.train import train
@@ -62,7 +62,8 @@ def run_local(spec: JobSpec, folder: Path, stores: Path) -> TrainRecord:
     if world.rank == 0:
         run.write("train.json", record)
         if record.status == "finished" and record.best_step is not None and spec.export.merge:
-            merge.merge(run, base.id, model_dir, record.best_step, merge.probes(Chat.load(model_dir)))
+            chat = Chat.load(model_dir, run.path(TEMPLATE_FILE).read_text(encoding="utf-8"))  # what the examples were rendered with
+            merge.merge(run, base.id, model_dir, record.best_step, merge.probes(chat))
     return record
 
 

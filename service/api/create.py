@@ -18,6 +18,7 @@ from trainers import resolve
 from trainers.catalogue import Base, find
 from trainers.errors import SpecError, UnknownModel, UserError
 from trainers.spec import JobSpec
+from trainers.template import builtin_names
 
 SUFFIX = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}")
 
@@ -30,7 +31,7 @@ EXTRA_HYPERPARAMETERS = {
     "max_grad_norm": "optim.max_grad_norm",
 }
 
-TEMPLATES = ("auto", "chatml", "llama2", "llama3", "mistral", "gemma", "alpaca", "vicuna")
+TEMPLATES = ("auto", *builtin_names())
 
 Auto = Literal["auto"]
 Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 from tests.numerics.runs import make_spec, make_store, run_training
-
 from trainers import merge
 from trainers.chat import Chat
 from trainers.records import TEMPLATE_FILE
