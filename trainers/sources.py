@@ -1,68 +1,78 @@
-"""Any supported format -> conversations: {"messages": [...], "slice": str | None, "id": "name:line"}.
+"""Any source -> conversations: {"messages", "tools", "slice", "class", "id": "file:line"}.
 
-    messages   {"messages": [{"role", "content"[, "weight": 0 | 1]}, ...]}               OpenAI's training lines
-    alpaca     {"instruction", "output"[, "input", "system", "history": [[user, assistant], ...]]}
-    sharegpt   {"conversations": [{"from", "value"} or {"role", "content"}, ...][, "system"]}
-
-Files are JSONL, or one JSON array. `inspect` reads a file once: its format (by the keys of the first row), hash, and cuts
-into chunks at line ends; `read` turns a chunk into conversations, anywhere and in any order. Every later row is held to
-the first one's format. A bad row raises DataError with file name, line number and remedy.
+`inspect` walks through a source once: its format (by the first row's columns), its hash, and chunks cut at row ends; `read`
+turns a chunk into conversations, anywhere and in any order. Every row is held to the first one's format, and becomes a
+conversation or a RowError with file, line and remedy: none is lost. What lies where is the business of `places`, what
+bytes make a row that of `rows`, what a row means that of `formats`.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn, cast
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import BinaryIO, NoReturn
 
-import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from trainers.chat import ROLES, Message
+from trainers import rows
 from trainers.errors import DataError, RowError
+from trainers.formats import NORMALISER_VERSION as NORMALISER_VERSION
+from trainers.formats import (
+    REQUIRED,
+    SHAPES,
+    Bad,
+    Conversation,
+    Row,
+    check_columns,
+    columns_of,
+    detect,
+    kind_of,
+    look_up,
+    mapped_keys,
+    normalise,
+    rename,
+    suggest,
+)
+from trainers.places import Hashed, blocks, files_of, open_file, packing_of, stamp_of
 from trainers.spec import Source
 
-NORMALISER_VERSION = 1  # raise it whenever any row normalises differently: it is part of every token store's key
-MAX_LINE_BYTES = 16 * 2**20
-MAX_ARRAY_BYTES = 256 * 2**20
-_BLOCK_BYTES = 2**20
-
-Conversation = dict[str, Any]
-
-_SHAPES = {
-    "messages": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-    "alpaca": '{"instruction": "...", "input": "...", "output": "..."}',
-    "sharegpt": '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
-}
-_KEYS = {"messages": ("messages",), "alpaca": ("instruction", "output"), "sharegpt": ("conversations",)}
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "observation": "tool",
-}
-_SHAREGPT_ROLES |= {role: role for role in ROLES}
+_HEAD_ROWS = 100  # looked at to find the format and the mapped columns
+_TABLE = re.compile(r"\.(csv|tsv)(\.(gz|zst))?(\?.*)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of whole lines of one file (or a whole JSON array), with all that is needed to read it alone."""
+    """A run of whole rows of one file, with all that is needed to read it alone. Plain values: it travels as JSON."""
 
     path: str
     name: str
-    format: str
-    first_line: int
-    """Line of the file's first row, which decided the format; 0 where the spec named the format."""
-    start: int
-    stop: int
-    """Byte range."""
-    line: int
-    """Line number of the first byte."""
-    array: bool
+    """What errors call the file."""
+    kind: str
+    """`lines`, `array`, `csv`, `tsv` or `parquet`."""
+    packing: str
+    """`gzip`, `zstd` or nothing."""
+    size: int
+    """Bytes of the whole file, as stored."""
+    stamp: str
+    """Changes when the file does."""
+    format: str = ""
+    columns: dict[str, str] | None = None
+    """The column map."""
+    header: list[str] | None = None
+    """Columns of a table."""
+    first: str = ""
+    """The row that decided the format; empty where the spec named it."""
+    start: int = 0
+    stop: int = 0
+    """Range of unpacked bytes; in Parquet, of row groups."""
+    line: int = 1
+    """Number of the first line; in Parquet, of the first row."""
+    last: bool = True
+    """It goes on to the end of the file."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +84,16 @@ class Inspection:
     """Where it was read from."""
     format: str
     bytes: int
+    """As stored, all files together."""
     sha256: str
+    """Of the stored bytes; of several files, of their hashes, one a line."""
     rows: int
-    """At most so many (blank lines count); 0 where only reading would tell (a JSON array)."""
+    """At most so many (blank lines count)."""
     chunks: list[Chunk]
 
 
 def conversations(source: Source, slice_by: str | None = None) -> Iterator[Conversation]:
-    """Every conversation of a source, in file order; raises DataError at the first bad row."""
+    """Every conversation of a source, in order; raises RowError at the first bad row."""
     for chunk in inspect(source).chunks:
         for row in read(chunk, slice_by):
             if isinstance(row, RowError):
@@ -90,311 +102,254 @@ def conversations(source: Source, slice_by: str | None = None) -> Iterator[Conve
 
 
 def inspect(source: Source, chunk_bytes: int = 4 * 2**20) -> Inspection:
-    """Find a source's format and hash, and cut it into chunks of at least `chunk_bytes` where it has so many. Memory stays flat."""
-    name = source.shown
-    first_row, first_line, array = _first_row(source)
-    format = source.format
-    if format == "auto":
-        format = _detect(first_row)
-        if format is None:
-            keys = ", ".join(map(str, first_row)) or "none"
-            _fail(
-                f"{name}:{first_line}",
-                f"has no known format (keys: {keys})",
-                f"Write rows like {_SHAPES['messages']}, alpaca or sharegpt rows.",
-            )
+    """Find a source's format and hash, and cut it into chunks of at least `chunk_bytes` where it has so many. Memory stays flat.
 
-    def chunk(start: int, stop: int, line: int) -> Chunk:
-        return Chunk(source.path, name, format, first_line if source.format == "auto" else 0, start, stop, line, array)
+    Raises DataError for what is wrong with a whole file; of its rows, only those are looked at that decide the format.
+    """
+    files = [_probe(path, name) for path, name in files_of(source)]
+    format, first = _decide(source, files[0])
+    chunks: list[Chunk] = []
+    hashes = []
+    size = num_rows = 0
+    for file in files:
+        file = replace(file, format=format, first=first, columns=source.columns or None)
+        cut, rows_of_file, sha256 = _cut(file, chunk_bytes)
+        if rows_of_file == 0:
+            _empty(file.name)
+        chunks += cut
+        hashes.append(sha256)
+        size += file.size
+        num_rows += rows_of_file
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return Inspection(source.shown, source.path, format, size, sha256, num_rows, chunks)
 
-    chunks = []
-    sha256 = hashlib.sha256()
-    start, line = 0, 1  # of the chunk that is being gathered
-    size = 0
-    lines = 1  # number of the line that byte `size` is on
-    line_start = 0
-    with _open(source) as file:
-        while block := file.read(_BLOCK_BYTES):
-            sha256.update(block)
-            newline = block.rfind(b"\n")
-            if newline >= 0:
-                lines += block.count(b"\n")
-                line_start = size + newline + 1
-            size += len(block)
-            if size - line_start > MAX_LINE_BYTES and not array:
-                break  # `read` refuses this line by its number; the rest of the file need not be looked at
-            if line_start - start >= chunk_bytes and not array:
-                chunks.append(chunk(start, line_start, line))
-                start, line = line_start, lines
-    if size > start:
-        chunks.append(chunk(start, size, line))
-    rows = 0 if array else lines - (line_start == size)
-    return Inspection(name, source.path, format, size, sha256.hexdigest(), rows, chunks)
+
+def first_rows(source: Source, slice_by: str | None = None, class_by: str | None = None) -> Iterator[Conversation | RowError]:
+    """The rows of a source as `read` gives them, without a pass over its files before: for who takes only the first of them."""
+    files = files_of(source)
+    format, first = _decide(source, _probe(*files[0]))
+    for path, name in files:
+        file = replace(_probe(path, name), format=format, first=first, columns=source.columns or None)
+        yield from read(file, slice_by, class_by)
 
 
 def read(chunk: Chunk, slice_by: str | None = None, class_by: str | None = None) -> Iterator[Conversation | RowError]:
-    """The rows of one chunk in file order, each as a conversation, or as the RowError that says why it is none.
+    """The rows of one chunk in order, each as a conversation, or as the RowError that says why it is none.
 
-    `slice_by` and `class_by` name columns whose values go along as "slice" and "class".
+    `slice_by` and `class_by` name columns whose values go along as "slice" and "class". Where a file is broken off, its error comes last.
     """
+    if stamp_of(chunk.path) != chunk.stamp:
+        raise DataError(f"{chunk.name} has changed while it was being read.", "Run the job again when the file is whole.")
+    format, columns, required = chunk.format, chunk.columns, REQUIRED[chunk.format]
+    place = f"{chunk.name}:row " if chunk.kind == "parquet" else f"{chunk.name}:"
+    number = chunk.line - 1
     try:
-        for line, row in _array_rows(chunk) if chunk.array else _line_rows(chunk):
-            if isinstance(row, RowError):
-                yield row
+        for number, row in _rows(chunk, slice_by, class_by):
+            where = f"{place}{number}"
+            if type(row) is not dict:
+                yield _error(where, row)  # type: ignore[arg-type]
                 continue
-            where = f"{chunk.name}:{line}"
+            named = rename(row, columns) if columns else row
             try:
-                messages = _normalise(row, chunk, where)
-                groups = [_group(row, column, where) for column in (slice_by, class_by)]
-            except RowError as error:
-                yield error
+                for key in required:
+                    if key not in named:
+                        _misses(named, key, chunk)
+                if format == "messages" and "schemaVersion" in row:
+                    _misses(named, "content", chunk)
+                conversation = normalise(named, format)
+                conversation["slice"] = _group(row, named, slice_by) if slice_by else None
+                conversation["class"] = _group(row, named, class_by) if class_by else None
+            except Bad as bad:
+                yield _error(where, bad)
                 continue
-            yield {"messages": messages, "tools": None, "slice": groups[0], "class": groups[1], "id": where}
+            conversation["id"] = where
+            yield conversation
     except RowError as error:  # nothing after it can be read
-        yield error
+        yield RowError(f"{place}{number + 1}", error.what, error.remedy, error.kind)
 
 
-def _group(row: dict[str, Any], column: str | None, where: str) -> str | None:
-    value = row.get(column) if column else None
-    if value is None or isinstance(value, str | int | float):
-        return None if value is None else str(value)
-    _fail(where, f"has a {_kind(value)} as `{column}`", "A column to group by holds text or numbers.")
+def _error(where: str, bad: Bad) -> RowError:
+    return RowError(where, bad.what, bad.remedy, bad.kind)
 
 
-# -- bytes to rows -------------------------------------------------------------------------------------------------------
+def _misses(row: Row, key: str, chunk: Chunk) -> NoReturn:
+    """A row is not in its file's format."""
+    other = detect(row)
+    if other and other != chunk.format and chunk.first:
+        what = f"is a row in {other} format, but {chunk.first} is in {chunk.format} format"
+        raise Bad(what, "Put each format into a file of its own.", "is in another format than the rows before it")
+    remedy = f"A row in {chunk.format} format looks like {SHAPES[chunk.format]}. {suggest(row)}"
+    raise Bad(f"has no `{key}` (columns: {_listed(row)})", remedy, f"has no `{key}`")
 
 
-def _open(source: Source | Chunk) -> BinaryIO:
+def _group(row: Row, named: Row, column: str) -> str | None:
+    value = look_up(named, column)
+    if value is None:
+        value = look_up(row, column)  # by the data's own name
+    if value is None or value == "" or isinstance(value, str | int | float):
+        return None if value is None or value == "" else str(value)
+    what = f"has a {kind_of(value)} as `{column}`"
+    raise Bad(what, "A column to group by holds text or numbers.", what)
+
+
+# -- files to chunks ---------------------------------------------------------------------------------------------------------
+
+
+def _probe(path: str, name: str) -> Chunk:
+    """What a file is, as one chunk of all of it."""
+    stamp = stamp_of(path)
+    with open_file(path) as file:
+        packing = packing_of(file, name)
+        size = file.seek(0, 2)
+        file.seek(0)
+        head = next(blocks(file, name, packing, size), b"").removeprefix(b"\xef\xbb\xbf").lstrip()
+    table = _TABLE.search(path) or _TABLE.search(name)
+    if head.startswith(b"PAR1"):
+        if packing:
+            raise DataError(f"{name} is a Parquet file inside {packing}.", "Unpack it: Parquet is packed by itself.")
+        kind = "parquet"
+    elif table and not head.startswith((b"{", b"[")):
+        kind = table[1].lower()
+    else:
+        kind = "array" if head.startswith(b"[") else "lines"
+    whole = Chunk(path, name, kind, packing, size, stamp, stop=size)
+    return replace(whole, header=_header(whole)) if kind in ("csv", "tsv", "parquet") else whole
+
+
+def _header(file: Chunk) -> list[str]:
+    with open_file(file.path) as stored:
+        if file.kind == "parquet":
+            return _parquet(stored, file.name).schema_arrow.names
+        header = rows.csv_header(blocks(stored, file.name, file.packing, file.size), _delimiter(file))
+    if isinstance(header, Bad):
+        raise _error(f"{file.name}:1", header)
+    return header
+
+
+def _decide(source: Source, file: Chunk) -> tuple[str, str]:
+    """The source's format, and the row that decided it (nothing where the spec names it); raises DataError if its columns do not tell."""
+    seen: list[rows.Numbered] = []
     try:
-        system, path = fsspec.url_to_fs(source.path)
-        return cast(BinaryIO, system.open(path, "rb"))
-    except FileNotFoundError:
-        raise DataError(f"There is no file {source.path}.", "Give a path that exists, relative to the job file.") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{source.path} cannot be read: {error}.", "Give a readable file.") from None
-
-
-def _first_row(source: Source) -> tuple[dict[str, Any], int, bool]:
-    """(first row, its line, whether the file is one JSON array)."""
-    with _open(source) as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not text.strip():
-                continue
-            if text.lstrip().startswith(b"["):
-                whole = Chunk(source.path, source.shown, "", 0, 0, MAX_ARRAY_BYTES + 1, 1, True)
-                first = next(_array_rows(whole), None)
-                if first is None:
-                    break
-                return first[1], first[0], True
-            return _parse(line, f"{source.shown}:{number}", number == 1), number, False
-    _fail(source.shown, "is empty", "Put at least one example into it.")
-
-
-def _line_rows(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    with _open(chunk) as file:
-        file.seek(chunk.start)
-        data = file.read(chunk.stop - chunk.start)
-    for number, line in enumerate(data.split(b"\n"), chunk.line):
-        if line.strip() and line != codecs.BOM_UTF8:
-            try:
-                yield number, _parse(line, f"{chunk.name}:{number}", number == 1)
-            except RowError as error:
-                yield number, error
-
-
-def _parse(line: bytes, where: str, first: bool) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        _fail(where, f"is longer than {MAX_LINE_BYTES:,} bytes", "Split the example, or check that the file has line ends.")
-    try:
-        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        _fail(where, f"is not UTF-8 (byte {error.start + 1} of the line)", "Save the file as UTF-8.")
-    except json.JSONDecodeError as error:
-        _fail(where, f"is not JSON ({error.msg}, column {error.colno})", "Write one JSON object per line, or one JSON array.")
-    except (ValueError, RecursionError) as error:
-        _fail(where, f"cannot be read as JSON ({error})", "Write one JSON object per line, or one JSON array.")
-    return _as_row(row, where)
-
-
-def _array_rows(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a JSON array with the line that each begins on, decoded one at a time."""
-    with _open(chunk) as file:
-        data = file.read(chunk.stop)
-    if len(data) > MAX_ARRAY_BYTES:
-        _fail(chunk.name, f"is one JSON array of more than {MAX_ARRAY_BYTES:,} bytes", "Write one JSON object per line instead (JSONL).")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        _fail(f"{chunk.name}:{_line_of(data, error.start)}", "is not UTF-8", "Save the file as UTF-8.")
-    blank = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
-    decoder = json.JSONDecoder()
-    at = text.index("[") + 1
-    line, counted = 1, 0
-    separator = "]"  # an empty array may close at once
-    while True:
-        at = blank(text, at).end()
-        line, counted = line + text.count("\n", counted, at), at
-        where = f"{chunk.name}:{line}"
-        if text[at : at + 1] == separator == "]":
-            break
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            _fail(f"{chunk.name}:{error.lineno}", f"is not JSON ({error.msg}, column {error.colno})", "Mend the JSON array.")
-        except (ValueError, RecursionError) as error:
-            _fail(where, f"cannot be read as JSON ({error})", "Mend the JSON array.")
-        yield line, _as_row(row, where)
-        at = blank(text, at).end()
-        separator = text[at : at + 1]
-        if separator == "]":
-            break
-        if separator != ",":
-            _fail(f"{chunk.name}:{_line_of(text, at)}", "is not JSON (a comma or a closing bracket is missing)", "Mend the JSON array.")
-        at += 1
-    if text[at + 1 :].strip():
-        _fail(
-            f"{chunk.name}:{_line_of(text, at)}",
-            "ends a JSON array, but the file goes on",
-            "Write one JSON object per line, or one JSON array.",
-        )
-
-
-def _line_of(data: Any, at: int) -> int:
-    return 1 + data[:at].count(b"\n" if isinstance(data, bytes) else "\n")
-
-
-def _as_row(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        _fail(where, f"is a JSON {_kind(row)}, not an object", f"Write rows like {_SHAPES['messages']}.")
-    return row
-
-
-# -- rows to messages ----------------------------------------------------------------------------------------------------
-
-
-def _detect(row: dict[str, Any]) -> str | None:
-    return next((format for format, keys in _KEYS.items() if all(key in row for key in keys)), None)
-
-
-def _normalise(row: dict[str, Any], chunk: Chunk, where: str) -> list[Message]:
-    missing = [key for key in _KEYS[chunk.format] if key not in row]
-    if missing:
-        other = _detect(row)
-        if other and chunk.first_line:
-            begun = f"{chunk.name}:{chunk.first_line}"
-            _fail(where, f"is a row in {other} format, but {begun} is in {chunk.format} format", "Put each format into a file of its own.")
-        _fail(where, f"has no `{missing[0]}`", f"A row in {chunk.format} format looks like {_SHAPES[chunk.format]}.")
-    messages = {"messages": _from_messages, "alpaca": _from_alpaca, "sharegpt": _from_sharegpt}[chunk.format](row, where)
-    if not any(m["role"] == "assistant" for m in messages):
-        _fail(where, "has no assistant turn, so nothing can be learnt from it", "Add an assistant message, or remove the row.")
-    if messages[0]["role"] == "assistant":
-        _fail(where, "begins with an assistant turn, which answers nothing", "Begin with a system or user message.")
-    return messages
-
-
-def _from_messages(row: dict[str, Any], where: str) -> list[Message]:
-    return [_message(turn, n, where, "role", "content", dict.fromkeys(ROLES)) for n, turn in _turns(row, "messages", where)]
-
-
-def _from_sharegpt(row: dict[str, Any], where: str) -> list[Message]:
-    messages = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": _text(row["system"], "`system`", where)})
-    for n, turn in _turns(row, "conversations", where):
-        keys = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
-        messages.append(_message(turn, n, where, *keys, _SHAREGPT_ROLES))
-    return messages
-
-
-def _from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
-    messages = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": _text(row["system"], "`system`", where)})
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        _fail(where, "has a `history` that is not a list of [user, assistant] pairs", 'Write it as [["question", "answer"], ...].')
-    for user, assistant in history:
-        messages += [{"role": "user", "content": _text(user, "`history`", where)}, _answer(assistant, "`history`", where)]
-    user = _text(row["instruction"], "`instruction`", where)
-    if not user.strip():
-        _fail(where, "has an empty `instruction`", "Fill it in, or remove the row.")
-    context = row.get("input")
-    if context is not None and _text(context, "`input`", where).strip():
-        user += "\n\n" + context
-    return [*messages, {"role": "user", "content": user}, _answer(row["output"], "`output`", where)]
-
-
-def _turns(row: dict[str, Any], key: str, where: str) -> Iterator[tuple[int, Any]]:
-    for unsupported in ("tools", "functions"):
-        if row.get(unsupported):
-            _fail(
-                where,
-                f"has `{unsupported}`, which cannot be trained yet",
-                "Remove the row: left in, its tool calls would be lost in silence.",
+        seen.extend(islice(_rows(file), _HEAD_ROWS))
+    except RowError:  # the file is broken off; what came before stays in the list
+        if not seen:
+            raise
+    head = [(number, row) for number, row in seen if not isinstance(row, Bad)]
+    if not head and seen:
+        raise _error(f"{file.name}:{seen[0][0]}", seen[0][1])  # type: ignore[arg-type]
+    if not head:
+        _empty(file.name)
+    number, row = head[0]
+    columns = file.header or list(row)
+    for ours, path in source.columns.items():
+        if ours in mapped_keys(source.columns) and path.split(".")[0] not in columns and all(look_up(r, path) is None for _, r in head):
+            raise DataError(
+                f"{file.name} has no column `{path}` (columns: {_listed(columns)}).",
+                f"Mend `columns: {{{ours}: ...}}`: it maps the format's name to the data's.",
             )
-    turns = row[key]
-    if not isinstance(turns, list) or not turns:
-        _fail(where, f"has {'an empty list' if turns == [] else 'a ' + _kind(turns)} as `{key}`", "Give it a list of messages.")
-    return enumerate(turns, 1)
-
-
-def _message(turn: Any, n: int, where: str, role_key: str, content_key: str, roles: dict[str, Any]) -> Message:
-    """One turn of a conversation; `roles` maps the format's role names to ours (None: the same)."""
-    if not isinstance(turn, dict):
-        _fail(where, f"has a {_kind(turn)} as message {n}", f'Write it as {{"{role_key}": ..., "{content_key}": ...}}.')
-    for key in (role_key, content_key):
-        if key not in turn and not turn.get("tool_calls"):
-            _fail(where, f"has no `{key}` in message {n}", f'Write it as {{"{role_key}": ..., "{content_key}": ...}}.')
-    if turn.get("tool_calls") or turn.get("function_call"):
-        _fail(where, f"has a tool call in message {n}, which cannot be trained yet", "Remove the row.")
-    named = turn[role_key]
-    if not isinstance(named, str) or named not in roles:
-        shown = json.dumps(named, ensure_ascii=False)
-        _fail(where, f"has the unknown role {shown[:80]} in message {n}", f"Use one of {', '.join(roles)}.")
-    role = roles[named] or named
-    weight = turn.get("weight")
-    if role == "assistant":
-        message = _answer(turn[content_key], f"message {n}", where)
-        if weight is not None:
-            if weight not in (0, 1):
-                _fail(where, f"has a weight of {json.dumps(weight)[:80]} in message {n}", "An assistant message's weight is 0 or 1.")
-            message["weight"] = int(weight)
-        return message
-    if weight is not None:
-        _fail(
-            where, f"has a weight in message {n}, which is no assistant message", "Only assistant messages are trained; remove the weight."
-        )
-    return {"role": role, "content": _text(turn[content_key], f"message {n}", where)}
-
-
-def _answer(value: Any, what: str, where: str) -> Message:
-    text = _text(value, what, where)
-    if not text.strip():
-        _fail(where, f"has an empty answer in {what}", "Write the answer that the model should give, or remove the row.")
-    return {"role": "assistant", "content": text}
-
-
-def _text(value: Any, what: str, where: str) -> str:
-    if not isinstance(value, str):
-        _fail(where, f"has a {_kind(value)} where {what} needs text", "Write the content as one JSON string.")
+    keys = {*columns} - {*source.columns.values()} | mapped_keys(source.columns)
+    format = detect(keys) if source.format == "auto" else source.format
+    table = file.header is not None
+    if format is None or (table and not keys.issuperset(REQUIRED[format])):
+        what = "has no known format" if format is None else f"has no `{next(k for k in REQUIRED[format] if k not in keys)}`"
+        where = file.name if table else f"{file.name}:{number}"
+        raise RowError(where, f"{what} (columns: {_listed(columns)})", suggest(columns), what)
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        _fail(
-            where,
-            f"has half a character (a lone surrogate) in {what}",
-            "Write characters outside the BMP as a pair of \\u escapes, or as UTF-8.",
-        )
-    return value
+        check_columns(source.columns, format)
+    except Bad as bad:
+        raise _error(file.name, bad) from None
+    return format, f"{file.name}:{number}" if source.format == "auto" else ""
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names[type(value)]
+def _cut(file: Chunk, chunk_bytes: int) -> tuple[list[Chunk], int, str]:
+    """(chunks of at least `chunk_bytes`, rows at most, sha256 of the stored bytes) of a file."""
+    chunks: list[Chunk] = []
+    start, line = 0, 1  # of the chunk that is being gathered
+    gathered = num_rows = 0
+    mark = None
+    with open_file(file.path) as stored:
+        hashed = Hashed(stored)
+        try:
+            for mark, size in _marks(file, hashed, stored):
+                num_rows = mark.rows
+                gathered += size
+                # A chunk of a packed file can only be come to through all that is before it: fewer chunks, the further in they are.
+                if gathered >= (max(chunk_bytes, start // 4) if file.packing else chunk_bytes):
+                    chunks.append(replace(file, start=start, stop=mark.at, line=line, last=False))
+                    start, line, gathered = mark.at, mark.line, 0
+        except RowError:
+            gathered, num_rows = 1, num_rows + 1  # the last chunk comes upon it again
+        sha256 = hashed.hexdigest() if file.kind != "parquet" else _hash(file.path)
+    if gathered:
+        chunks.append(replace(file, start=start, stop=mark.at if mark else 0, line=line))
+    elif chunks:
+        chunks[-1] = replace(chunks[-1], last=True)
+    return chunks, num_rows, sha256
 
 
-def _fail(where: str, what: str, remedy: str) -> NoReturn:
-    raise RowError(where, what, remedy)
+def _marks(file: Chunk, hashed: Hashed, stored: BinaryIO) -> Iterator[tuple[rows.Mark, int]]:
+    """Where the file may be cut, each with the bytes since the mark before."""
+    if file.kind == "parquet":
+        yield from rows.parquet_marks(_parquet(stored, file.name))
+        return
+    stream = blocks(hashed, file.name, file.packing, file.size)  # type: ignore[arg-type]
+    if file.kind == "lines":
+        marks = rows.line_marks(stream)
+    elif file.kind == "array":
+        marks = rows.array_marks(stream)
+    else:
+        marks = rows.csv_marks(stream, _delimiter(file))
+    at = 0
+    for mark in marks:
+        yield mark, mark.at - at
+        at = mark.at
+
+
+def _rows(chunk: Chunk, *grouping: str | None) -> Iterator[rows.Numbered]:
+    with open_file(chunk.path) as stored:
+        if chunk.kind == "parquet":
+            file = _parquet(stored, chunk.name)
+            groups = range(chunk.start, file.metadata.num_row_groups if chunk.last else chunk.stop)
+            yield from rows.parquet_rows(file, groups, chunk.line, _wanted(chunk, grouping))
+            return
+        stream = blocks(stored, chunk.name, chunk.packing, chunk.size, chunk.start, None if chunk.last else chunk.stop)
+        if chunk.kind == "lines":
+            yield from rows.line_rows(stream, chunk.line)
+        elif chunk.kind == "array":
+            yield from rows.array_rows(stream, chunk.start, chunk.line, chunk.last)
+        else:
+            yield from rows.csv_rows(stream, chunk.start, chunk.line, _delimiter(chunk), chunk.header or [])
+
+
+def _wanted(chunk: Chunk, grouping: tuple[str | None, ...]) -> list[str]:
+    """The columns of a table that anybody looks at; all while the format is not known."""
+    header = chunk.header or []
+    if not chunk.format:
+        return header
+    asked = {*columns_of(chunk.format), *(chunk.columns or {}).values(), *filter(None, grouping)}
+    return [name for name in header if name in asked or any(path.startswith(f"{name}.") for path in asked)]
+
+
+def _parquet(stored: BinaryIO, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(stored)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name} is no whole Parquet file ({' '.join(str(error).split())[:200]}).", "Write or copy it again.") from None
+
+
+def _delimiter(file: Chunk) -> str:
+    return "\t" if file.kind == "tsv" else ","
+
+
+def _hash(path: str) -> str:
+    with open_file(path) as stored:
+        return Hashed(stored).hexdigest()
+
+
+def _empty(name: str) -> NoReturn:
+    raise DataError(f"{name} is empty.", "Put at least one example into it.")
+
+
+def _listed(columns: object) -> str:
+    names = [str(name) for name in columns]  # type: ignore[attr-defined]
+    return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") if names else "none"
