@@ -500,10 +500,9 @@ def _report(work: _Work, spool: Spool, gathered: _Gathered) -> DataReport:
 
 def _cases(spool: Spool, cases: list[tuple[int, str]]) -> list[Case]:
     """The cases with the place of each row, and what it says where nothing else is told."""
-    found = []
-    for (_, text), (_, row) in zip(cases, spool.rows(np.array([row for row, _ in cases], np.int64)), strict=True):
-        found.append(Case(where=row.column("id")[0].as_py(), text=(text or row.column("excerpt")[0].as_py() or "")[:300]))
-    return found
+    batches = spool.rows(np.array([row for row, _ in cases], np.int64))
+    found = [row for _, batch in batches for row in batch.select(["id", "excerpt"]).to_pylist()]
+    return [Case(where=row["id"], text=(text or row["excerpt"] or "")[:300]) for (_, text), row in zip(cases, found, strict=True)]
 
 
 def _twin_cases(spool: Spool, found: Found) -> list[Case]:
