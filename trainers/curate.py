@@ -174,8 +174,7 @@ def _junk(conversation: Conversation) -> Iterator[Hit]:
 
 
 _LANGUAGE_CHARS = 2000
-_MIN_LETTERS = 20
-_MIN_UNSPACED = 8
+_MIN_LETTER_BYTES = 20  # of UTF-8: a letter says more where there are more of them
 _OTHER = 0.01  # the probability of all the wanted languages together, below which a text counts as another's
 
 
@@ -183,8 +182,8 @@ def _other_language(languages: frozenset[str], conversation: Conversation) -> It
     """Answers in none of the languages. Short ones, names, numbers and code are left alone."""
     for answer in _answers(conversation):
         text = _MARKUP.sub(" ", answer["content"][:_LANGUAGE_CHARS])
-        letters = sum(map(str.isalpha, text))
-        if letters < _MIN_LETTERS and len(_UNSPACED_CHARACTER.findall(text)) < _MIN_UNSPACED:
+        letters = "".join(filter(str.isalpha, text))
+        if len(letters.encode()) < _MIN_LETTER_BYTES:
             continue
         ranking = _identifier().rank(text)
         if sum(probability for language, probability in ranking if language in languages) < _OTHER:
@@ -334,7 +333,6 @@ def _bytes(text: str) -> bytes:
 
 # Scripts that put no blanks between words (Thai, Lao, Burmese, Khmer, kana, Han): each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
