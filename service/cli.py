@@ -245,10 +245,15 @@ def _write(path: Path, text: str) -> None:
 @contextmanager
 def _reading() -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error, if that is a terminal; yields what to tell it: (rows done, rows in all)."""
-    columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"), TimeRemainingColumn())
+    columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=max(done, total))
+        bar = progress.add_task("", total=None, told="")
+
+        def show(done: int, total: int) -> None:
+            total = max(done, total)
+            progress.update(bar, completed=done, total=total, told=f"{done:,}/{total:,} rows")
+
+        yield show
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import functools
 import itertools
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.report import duration
-from trainers.records import DataReport, Finding, SplitReport
+from trainers.records import DataReport, Finding, SourceReport, SplitReport
 from trainers.spec import JobSpec
 
 NUM_BINS = 12
@@ -166,7 +167,8 @@ def _note(finding: Finding) -> Note:
         done=DONE.get(finding.action, finding.action),
         what_to_do=todo,
         kinds=[(kind, f"{number:,.6g}") for kind, number in kinds],
-        cases=[(case.where, " ".join(case.text.split())) for case in finding.cases],
+        # An error names its row itself.
+        cases=[(case.where, " ".join(case.text.removeprefix(case.where).removeprefix(":").split())) for case in finding.cases],
         stops=stops,
     )
 
@@ -186,6 +188,14 @@ def histogram(split: SplitReport, bins: int = NUM_BINS) -> list[tuple[str, int]]
         out.append((f"{low:,}-{group[-1][0]:,}", sum(count for _, count in group)))
         low = group[-1][0] + 1
     return [*itertools.dropwhile(lambda bar: not bar[1], out)]
+
+
+def left_out(source: SourceReport) -> list[tuple[str, int]]:
+    """(reason, rows): the many reasons to refuse a row stand among the findings, here they count as one."""
+    reasons: Counter[str] = Counter()
+    for reason, count in source.dropped.items():
+        reasons[reason.split(":")[0]] += count
+    return reasons.most_common()
 
 
 def shares(report: DataReport) -> list[tuple[str, int, int, float]]:
@@ -283,7 +293,7 @@ def _sources(report: DataReport) -> Table:
     table = _table("source", "read", "kept", "left out", "what it is", right=("read", "kept"))
     for source in report.sources:
         weight = f" x {source.weight:g}" if source.weight != 1 else ""
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items())
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in left_out(source))
         what = [source.format, _size(source.bytes), f"sha256 {source.sha256[:8]}", *([source.licence] if source.licence else [])]
         _add(table, source.name + weight, f"{source.read:,}", f"{source.kept:,}", dropped or "-", ", ".join(what))
     return table
@@ -356,6 +366,7 @@ def page(report: DataReport, about: dict[str, Any], epoch: Epoch | None = None) 
         bins=[(label, count, count / most) for label, count in bins],
         shares=shares(report),
         sizes=size_guide(report.train.examples),
+        left_out=left_out,
         epoch=epoch.told if epoch else None,
     )  # fmt: skip
 

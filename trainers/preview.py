@@ -5,7 +5,8 @@ Only as many rows are read as are shown, whatever the size of the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,9 @@ from pydantic import BaseModel
 from tokenizers.decoders import DecodeStream
 
 from trainers.chat import Chat
-from trainers.errors import UserError
-from trainers.sources import Conversation, conversations
+from trainers.errors import RowError, UserError
+from trainers.examine import Row, Rules, examine_rows
+from trainers.sources import Conversation, first_rows
 from trainers.spec import JobSpec
 
 
@@ -31,13 +33,19 @@ class PreviewToken(BaseModel):
 
 
 class PreviewExample(BaseModel):
+    """An example, or a row that makes none. A row whose turns are spread over several examples has as many of these."""
+
     id: str
     """`file:line`."""
     tokens: list[PreviewToken] = []
     num_tokens: int = 0
     supervised: int = 0
+    notes: list[str] = []
+    """What was found in the row or done to it."""
+    left_out: str | None = None
+    """Why the job trains on without the row."""
     error: dict[str, Any] | None = None
-    """Why the row cannot be used, as `{"code", "message", "param"}`."""
+    """Why the job stops at the row, as `{"code", "message", "param"}`."""
 
 
 class Preview(BaseModel):
@@ -53,16 +61,20 @@ class Preview(BaseModel):
 
 
 def preview(spec: JobSpec, model_dir: Path, limit: int = 3, skip: int = 0, id: str | None = None) -> Preview:
-    """`limit` examples after the first `skip` rows, or the one row of this id (`file:line`).
+    """The examples of `limit` rows after the first `skip`, or of the one row of this id (`file:line`), made just as preparing makes them.
 
-    A row that training would refuse is shown with its error. Raises UserError where there is no such row, where a source cannot be read at
-    all, or where the template cannot be used.
+    What is decided over all rows at once (duplicates, balance, the validation split) is not looked at. Raises UserError where there is
+    no such row, where a source cannot be read at all, or where the template cannot be used.
     """
-    chat = Chat.load(model_dir)
-    rows: Iterable[Conversation] = chain.from_iterable(conversations(source, spec.data.slice_by) for source in spec.data.train)
-    rows = (row for row in rows if row["id"] == id) if id is not None else islice(rows, skip, None)
-    examples = [_example(chat, spec, row) for row in islice(rows, 1 if id is not None else limit)]
-    if not examples:
+    chat = _chat(model_dir, spec.model.template)
+    rules = Rules.of(spec)
+    rows: Iterator[Conversation | RowError] = chain.from_iterable(
+        first_rows(source, rules.slice_by, rules.class_by) for source in spec.data.train
+    )
+    if id is not None:
+        rows, limit = (row for row in rows if (row.where if isinstance(row, RowError) else row["id"]) == id), 1
+    chosen = list(islice(rows, skip, skip + limit))
+    if not chosen:
         what = f"row {id}" if id is not None else f"row {skip + 1}"
         raise UserError(f"The data has no {what}.", "Name a row as the data report does (file:line), or a smaller number.")
     return Preview(
@@ -72,21 +84,33 @@ def preview(spec: JobSpec, model_dir: Path, limit: int = 3, skip: int = 0, id: s
         tokenizer_sha256=chat.tokenizer_sha256,
         max_length=spec.model.max_length,
         train_on=spec.data.train_on,
-        examples=examples,
+        examples=[example for row in examine_rows(chat, rules, chosen) for example in _shown(chat, row)],
     )
 
 
-def _example(chat: Chat, spec: JobSpec, row: Conversation) -> PreviewExample:
-    try:
-        example = chat.example(row["messages"], spec.data.train_on)
-    except UserError as error:
-        return PreviewExample(id=row["id"], error=error.to_dict())
+@functools.lru_cache(maxsize=4)
+def _chat(model_dir: Path, template: str) -> Chat:
+    """Kept between calls: reading a large vocabulary takes a second."""
+    return Chat.load(model_dir, template)
+
+
+def _shown(chat: Chat, row: Row) -> list[PreviewExample]:
+    notes = [f"{note.step}: {note.kind} ({note.text})" for note in row.notes or ()]
+    if row.error is not None:
+        return [PreviewExample(id=row.id, notes=notes, error=row.error.to_dict())]
+    if row.dropped is not None:
+        return [PreviewExample(id=row.id, notes=notes, left_out=row.dropped)]
     control = set(chat.control.values())
-    tokens = [
-        PreviewToken(id=id, text=text, weight=weight, control=id in control)
-        for id, text, weight in zip(example.ids, texts(chat, example.ids), example.weights, strict=True)
-    ]
-    return PreviewExample(id=row["id"], tokens=tokens, num_tokens=len(tokens), supervised=sum(t.weight > 0 for t in tokens))
+    out = []
+    for example in chain.from_iterable(row.examples or ()):
+        ids = example.ids.tolist()
+        tokens = [
+            PreviewToken(id=id, text=text, weight=weight, control=id in control)
+            for id, text, weight in zip(ids, texts(chat, ids), example.weights, strict=True)
+        ]
+        supervised = sum(token.weight > 0 for token in tokens)
+        out.append(PreviewExample(id=row.id, tokens=tokens, num_tokens=len(tokens), supervised=supervised, notes=notes))
+    return out
 
 
 def texts(chat: Chat, ids: list[int]) -> list[str]:
