@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from trainers.errors import DataError, TemplateError, UserError
 from trainers.template import Ask, Blank, Skeleton, Slot, Template, builtin, builtin_names, fill, load_template
-from trainers.tokens import Backend, Encoder, Place, byte_table
+from trainers.tokens import Backend, Encoder, Place, TokenBytes
 
 ROLES = ("system", "user", "assistant", "tool")
 MASK_VERSION = 2  # raise it whenever ids or weights of any conversation change: it is part of every token store's key
@@ -41,6 +41,9 @@ Message = dict[str, Any]
 
 _PROBE: list[Message] = [{"role": "user", "content": "Hello, what is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
 _PLAIN = frozenset({"role", "content", "weight"})
+
+Shape = tuple[tuple[str, bool], ...]
+"""Role of each message, and whether it is empty."""
 
 _OTHER_MODEL = "Choose another base model or another `model.template`."
 
@@ -102,8 +105,8 @@ class Chat:
         self.tokenizer.no_padding()
         self.encoder = Encoder(tokenizer_json, backend)
         self._template = Template(template, special)
-        self._plans: dict[tuple[tuple[Slot, ...], bool], Plan | None] = {}
-        self._prefixed: dict[tuple[Slot, ...] | None, bool] = {}
+        self._plans: dict[tuple[Shape, bool], Plan | None] = {}
+        self._prefixed: dict[Shape, bool] = {}
 
         asked = [Ask(self._wire(_PROBE), None, False), Ask(self._wire(_PROBE[:1]), None, True)]
         rendered = [self._or_raise(text) for text in self._template.render(asked)]
@@ -245,36 +248,26 @@ class Chat:
 
     # -- what the proof asks -----------------------------------------------------------------------------------------
 
-    def planned(self, conversation: dict[str, Any]) -> bool:
-        """Whether the template copies this conversation's texts without looking at them."""
-        slots = _shape(conversation["messages"], conversation.get("tools")) if not conversation.get("text") else None
-        return bool(slots) and self._plan(slots, False) is not None
+    def shape(self, conversation: dict[str, Any]) -> Shape | None:
+        """The roles of a conversation whose texts the template copies without looking at them; None for any other conversation."""
+        shape = None if conversation.get("text") else _shape(conversation["messages"], conversation.get("tools"))
+        return shape if shape and self._plan(shape, False) is not None else None
 
-    def prompts_are_prefixes(self, messages: list[Message]) -> bool:
-        """Whether every prompt of a planned conversation is made of the very pieces that stand before the answer in training."""
-        slots = _shape(messages, None)
-        if slots not in self._prefixed:
-            plan = self._plan(slots, False) if slots else None
-            prompts = {k: self._plan(slots[:k], True) for k in _turns(messages)} if slots else {}
-            self._prefixed[slots] = plan is not None and all(
+    def prompts_are_prefixes(self, shape: Shape) -> bool:
+        """Whether every prompt of this shape is made of the very pieces that stand before the answer in training."""
+        if shape not in self._prefixed:
+            plan = self._plan(shape, False)
+            prompts = [self._plan(shape[:k], True) for k, (role, _) in enumerate(shape) if role == "assistant"]
+            self._prefixed[shape] = plan is not None and all(
                 prompt is not None and prompt.pieces(sum(map(len, prompt.fixed)), len(prompt.texts)) == plan.pieces(fixed, texts)
-                for (_, fixed, texts, _, _), prompt in zip(plan.turns, prompts.values(), strict=True)
+                for (_, fixed, texts, _, _), prompt in zip(plan.turns, prompts, strict=True)
             )
-        return self._prefixed[slots]
+        return self._prefixed[shape]
 
     @functools.cached_property
-    def bytes_of(self) -> list[bytes]:
-        """What each id says, as bytes."""
-        return byte_table(self._source[0])
-
-    @functools.cached_property
-    def num_bytes_of(self) -> np.ndarray:
-        """Length of what each id says, int32 [vocabulary]."""
-        return np.array([len(said) for said in self.bytes_of], np.int32)
-
-    def says(self, ids: Sequence[int]) -> bytes:
-        """What these ids say."""
-        return b"".join(map(self.bytes_of.__getitem__, ids))
+    def token_bytes(self) -> TokenBytes:
+        """What each id says."""
+        return TokenBytes(self._source[0])
 
     def said(self, text: str, cuts: Sequence[int] = ()) -> bytes:
         """What the ids of a rendered text must say, after the tokenizer's normaliser; `cuts` are the characters where answers begin."""
@@ -282,8 +275,8 @@ class Chat:
 
     def text_said(self, text: str) -> bytes:
         """The same for a row of plain text, which is trained as it is."""
-        begin = b"".join(self.bytes_of[id] for id in self._bos)
-        return begin + self.encoder.said(text, "after" if self._bos else "start") + self.bytes_of[self.eos_id]
+        said = self.encoder.said(text, "after" if self._bos else "start")
+        return self.token_bytes.say(self._bos) + said + self.token_bytes.say([self.eos_id])
 
     def encode_rendered(self, text: str, cuts: Sequence[int]) -> list[int]:
         """Ids of a rendered text, its answers beginning at these characters."""
@@ -304,12 +297,12 @@ class Chat:
 
     # -- by plan -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, slots: tuple[Slot, ...], generation_prompt: bool) -> Plan | None:
-        key = (slots, generation_prompt)
+    def _plan(self, shape: Shape, generation_prompt: bool) -> Plan | None:
+        key = (shape, generation_prompt)
         if key not in self._plans:
             if len(self._plans) >= 4096:  # of millions of shapes, few come twice
                 self._plans.clear()
-            self._plans[key] = self._make_plan(slots, generation_prompt)
+            self._plans[key] = self._make_plan(tuple(Slot(*slot) for slot in shape), generation_prompt)
         return self._plans[key]
 
     def _make_plan(self, slots: tuple[Slot, ...], generation_prompt: bool) -> Plan | None:
@@ -548,8 +541,16 @@ class Chat:
 
     def _refuse_control_tokens(self, messages: list[Message], tools: str | None, texts: list[str] | None = None) -> None:
         """Raise DataError naming the message; `texts`, where the messages were filled into a plan, are searched faster than those."""
-        if texts is not None and not any(token in text for token in self.control for text in texts):
-            return
+        if texts is not None:
+            for text in texts:
+                for token in self.control:
+                    if token in text:
+                        break
+                else:
+                    continue
+                break
+            else:
+                return
         for index, message in enumerate(messages):
             parts = [message["content"], message.get("reasoning", "")]
             parts += [text for call in message.get("tool_calls", ()) for text in (call["name"], call["arguments"])]
@@ -593,17 +594,14 @@ def _turns(messages: list[Message]) -> list[int]:
     return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _shape(messages: list[Message], tools: str | None) -> tuple[Slot, ...] | None:
+def _shape(messages: list[Message], tools: str | None) -> Shape | None:
     """What a plan may depend on; None for a conversation with more than texts in it, or with a text of nothing but white space."""
     if tools:
         return None
-    slots = []
     for message in messages:
-        content = message["content"]
-        if not _PLAIN.issuperset(message) or content.isspace():
+        if (len(message) > 2 and not _PLAIN.issuperset(message)) or message["content"].isspace():
             return None
-        slots.append(Slot(message["role"], not content))
-    return tuple(slots)
+    return tuple([(message["role"], not message["content"]) for message in messages])
 
 
 def _follow(prefix: Skeleton, whole: Skeleton) -> tuple[int, int] | None:

@@ -6,7 +6,9 @@ examples made of it. Errors travel as values, so that the first one in file orde
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -93,8 +95,25 @@ def examine(chat: Chat, rules: Rules, chunk: Chunk) -> Iterator[pa.Table]:
     """Tables of ROWS: every row of the chunk, in order. Memory stays at some megabytes of text."""
     checks = RowChecks(rules.curate)
     rows = iter(read(chunk, rules.slice_by, rules.class_by))
-    while batch := _next_batch(rows):
-        yield _to_table(examine_rows(chat, rules, batch, checks))
+    while True:
+        with _no_garbage_collection():
+            batch = _next_batch(rows)
+            table = _to_table(examine_rows(chat, rules, batch, checks)) if batch else None
+        if table is None:
+            return
+        yield table
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A batch makes a hundred thousand small objects and no cycles; looking for cycles among them takes a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _next_batch(rows: Iterator[Conversation | RowError]) -> list[Conversation | RowError]:
@@ -103,7 +122,8 @@ def _next_batch(rows: Iterator[Conversation | RowError]) -> list[Conversation | 
     for row in islice(rows, _BATCH_ROWS):
         batch.append(row)
         if not isinstance(row, RowError):
-            chars += sum(len(message["content"]) for message in row["messages"])
+            for message in row["messages"]:
+                chars += len(message["content"])
         if chars > _BATCH_CHARS:
             break
     return batch

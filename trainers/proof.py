@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainers.chat import Chat, Example, Message, reasoning_end, trained_turns
+from trainers.chat import Chat, Example, Message, Shape, reasoning_end, trained_turns
 from trainers.errors import DataError, TemplateError, UserError
 
 _RENDER_EVERY = 16
@@ -48,8 +48,9 @@ def prove_all(chat: Chat, claims: Sequence[Claim], train_on: str, reasoning: str
     the tokenizer: that its backend gives the reference's ids is seen on every `every`-th claim, encoded again by the reference.
     """
     verdicts: list[UserError | None] = [None] * len(claims)
-    quick = [i for i, claim in enumerate(claims) if len(claim.examples) == 1 and _is_plain(chat, claim.conversation)]
-    doubtful = set(range(len(claims))) - set(quick) | set(range(0, len(claims), every))
+    shapes = [_plain_shape(chat, claim.conversation) if len(claim.examples) == 1 else None for claim in claims]
+    quick = {i: shape for i, shape in enumerate(shapes) if shape is not None}
+    doubtful = set(range(len(claims))) - quick.keys() | set(range(0, len(claims), every))
     doubtful |= _quick_doubts(chat, claims, quick, train_on)
     for i in sorted(doubtful):
         try:
@@ -74,17 +75,17 @@ class _Wanted(NamedTuple):
     edges: list[int]
 
 
-def _quick_doubts(chat: Chat, claims: Sequence[Claim], quick: list[int], train_on: str) -> set[int]:
-    """Those of the claims numbered in `quick` that do not hold at first sight; all arithmetic on one array of ids.
+def _quick_doubts(chat: Chat, claims: Sequence[Claim], quick: dict[int, Shape], train_on: str) -> set[int]:
+    """Those of the claims in `quick` (number -> shape) that do not hold at first sight; all arithmetic on one array of ids.
 
     The template was seen to copy these texts without a look, so what it writes around placeholders it writes around them; every
     16th is rendered for all that, and so is each with white space at the ends of a text, which a template may strip.
     """
     wanted: dict[int, _Wanted | None] = {}
     rendered = []
-    for n, i in enumerate(quick):
+    for n, (i, shape) in enumerate(quick.items()):
         (example,) = claims[i].examples
-        wanted[i] = _around(chat, claims[i].conversation["messages"], example, train_on) if n % _RENDER_EVERY else None
+        wanted[i] = _around(chat, claims[i].conversation["messages"], shape, example, train_on) if n % _RENDER_EVERY else None
         if wanted[i] is None:
             rendered.append(i)
     texts = chat.render_all([(claims[i].conversation["messages"], None, False) for i in rendered])
@@ -93,28 +94,27 @@ def _quick_doubts(chat: Chat, claims: Sequence[Claim], quick: list[int], train_o
         wanted[i] = _in_text(chat, claims[i].conversation["messages"], example, train_on, text)
 
     certain = [found for found in wanted.values() if found is not None]
-    doubts = {i for i, found in wanted.items() if found is None or not chat.prompts_are_prefixes(claims[i].conversation["messages"])}
+    doubts = {i for i, found in wanted.items() if found is None or not chat.prompts_are_prefixes(quick[i])}
     if certain and not _holds(chat, certain):
         doubts |= wanted.keys()  # rare: find out which, one by one
     return doubts
 
 
-def _around(chat: Chat, messages: list[Message], example: Example, train_on: str) -> _Wanted | None:
+def _around(chat: Chat, messages: list[Message], shape: Shape, example: Example, train_on: str) -> _Wanted | None:
     """Put texts where the placeholders were; None where that may not be what the template does, or more than plain bytes."""
-    between = _template_text(chat, tuple([message["role"] for message in messages]))
+    before, between = _template_bytes(chat, shape)
     trained = trained_turns(messages, train_on)
-    said = [between[0][0].encode()]
-    edges = []
-    at = len(said[0])
-    for k, message in enumerate(messages):
-        content, (after, end) = message["content"], between[k + 1]
-        if content[0].isspace() or content[-1].isspace() or not chat.encoder.is_literal(content):
+    said, edges = [before], []
+    at = len(before)
+    for k, (after, end) in enumerate(between):
+        content = messages[k]["content"]
+        if content.strip() != content or not chat.encoder.is_literal(content):
             return None
-        said += (content.encode(), after.encode())
-        stop = at + len(said[-2])
+        text = content.encode()
+        said += (text, after)
         if k in trained:
-            edges += (at, stop + end)  # the template's words up to the end of an answer are control tokens and ASCII
-        at = stop + len(said[-1])
+            edges += (at, at + len(text) + end)
+        at += len(text) + len(after)
     return _Wanted(example, b"".join(said), edges)
 
 
@@ -137,18 +137,15 @@ def _holds(chat: Chat, wanted: Sequence[_Wanted]) -> bool:
     if any(2 * len(example.spans) != len(edges) for example, _, edges in wanted):
         return False
     ids = np.concatenate([example.ids for example, _, _ in wanted])
-    ends = np.concatenate([[0], np.cumsum(chat.num_bytes_of[ids])])
+    ends = np.concatenate([[0], np.cumsum(chat.token_bytes.sizes[ids])])
     firsts = np.cumsum([0, *(len(example.ids) for example, _, _ in wanted)])
     byte_firsts = np.cumsum([0, *(len(said) for _, said, _ in wanted)])
     tokens = [
         first + edge for first, (example, _, _) in zip(firsts.tolist(), wanted, strict=False) for span in example.spans for edge in span
     ]
     edges = [first + edge for first, (_, _, edges) in zip(byte_firsts.tolist(), wanted, strict=False) for edge in edges]
-    return (
-        np.array_equal(ends[firsts], byte_firsts)
-        and np.array_equal(ends[tokens], edges)
-        and chat.says(ids.tolist()) == b"".join(said for _, said, _ in wanted)
-    )
+    said = b"".join([said for _, said, _ in wanted])
+    return np.array_equal(ends[firsts], byte_firsts) and np.array_equal(ends[tokens], edges) and chat.token_bytes.says(ids, said)
 
 
 def _prove(chat: Chat, claim: Claim, train_on: str, reasoning: str) -> None:
@@ -157,7 +154,7 @@ def _prove(chat: Chat, claim: Claim, train_on: str, reasoning: str) -> None:
     if conversation.get("text"):
         (example,) = claim.examples
         text = conversation["messages"][0]["content"]
-        right = chat.says(example.ids.tolist()) == chat.text_said(text) and example.spans == ((1, len(example.ids)),)
+        right = chat.token_bytes.say(example.ids.tolist()) == chat.text_said(text) and example.spans == ((1, len(example.ids)),)
         _require(right, where, "the tokens are not the text")
         return
     trained = trained_turns(conversation["messages"], train_on)
@@ -175,17 +172,17 @@ def _prove_one(
     messages, tools = conversation["messages"][: example.stop], conversation.get("tools")
     ids = example.ids.tolist()
     text = chat.render(messages, tools=tools)
-    if _is_plain(chat, {"messages": messages, "tools": tools}):
+    if _plain_shape(chat, {"messages": messages, "tools": tools}) is not None:
         answers = locate_answers(chat, messages, text, where)
     else:
         answers = _locate_by_prefix(chat, messages, tools, text, trained, whole, where)
     answers = [answer for answer in answers if answer.message in trained]
 
     cuts = chat.cuts(messages, tools, text)
-    if chat.says(ids) != chat.said(text, cuts):
+    if chat.token_bytes.say(ids) != chat.said(text, cuts):
         _refuse_lost_characters(chat, messages, where)
         _require(False, where, "the tokens do not say what the chat template renders")
-    ends = np.concatenate([[0], np.cumsum(chat.num_bytes_of[example.ids])])
+    ends = np.concatenate([[0], np.cumsum(chat.token_bytes.sizes[example.ids])])
     spans, found = list(example.spans), 0
     for answer, (start, stop) in zip(answers, spans, strict=False):
         found += 1
@@ -279,9 +276,10 @@ def _require_every_text(messages: list[Message], text: str, where: str) -> None:
             _require(content in text, where, f"the chat template changes the text of message {index + 1} ({message['role']})")
 
 
-def _is_plain(chat: Chat, conversation: dict[str, Any]) -> bool:
-    """Whether placeholders can stand for its texts: the template copies them without a look, and none is empty."""
-    return chat.planned(conversation) and all(message["content"] for message in conversation["messages"])
+def _plain_shape(chat: Chat, conversation: dict[str, Any]) -> Shape | None:
+    """The shape of a conversation whose texts placeholders can stand for: the template copies them without a look, and none is empty."""
+    shape = chat.shape(conversation)
+    return None if shape is None or any([empty for _, empty in shape]) else shape
 
 
 def _require(right: bool, where: str, what: str) -> None:
@@ -293,11 +291,18 @@ def _refuse_lost_characters(chat: Chat, messages: list[Message], where: str) -> 
     """Byte-level vocabularies can lack bytes (SmolLM2's cannot write U+0013, say) and drop them without a word."""
     for index, message in enumerate(messages):
         for character in dict.fromkeys(message["content"] + message.get("reasoning", "")):
-            if chat.says(chat.encoder.encode(character)) != chat.said(character):
+            if chat.token_bytes.say(chat.encoder.encode(character)) != chat.said(character):
                 raise DataError(
                     f"{where}: message {index + 1} ({message['role']}) contains U+{ord(character):04X}, which the tokenizer cannot write.",
                     "Remove the character.",
                 )
+
+
+@functools.lru_cache(maxsize=1024)
+def _template_bytes(chat: Chat, shape: Shape) -> tuple[bytes, list[tuple[bytes, int]]]:
+    """The same as bytes: what stands before all messages, and what follows each, with how much of that ends an answer."""
+    (before, _), *between = _template_text(chat, tuple([role for role, _ in shape]))
+    return before.encode(), [(text.encode(), len(text[:end].encode()) if end >= 0 else -1) for text, end in between]
 
 
 @functools.lru_cache(maxsize=1024)

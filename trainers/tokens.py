@@ -11,6 +11,8 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -65,6 +67,7 @@ class Encoder:
         readers = {form: _Reader(form, backend) for form in set(forms.values())}
         self._readers = {place: readers[form] for place, form in forms.items()}
         self._same_everywhere = len(readers) == 1
+        self._always_literal = self._byte_level and self._same_everywhere and self._normaliser_type is None
         self._encode_short = functools.lru_cache(maxsize=4096)(self._encode)
 
     def encode(self, text: str, place: Place = "after") -> list[int]:
@@ -94,10 +97,12 @@ class Encoder:
 
     def is_literal(self, text: str) -> bool:
         """Whether the ids of `text` plainly say `text`: byte-level, and nothing for a normaliser to change."""
+        if self._always_literal:
+            return True
         if not self._byte_level or not self._same_everywhere:
             return False
         kind = self._normaliser_type
-        return kind is None or text.isascii() or (kind in ("NFC", "NFKC") and unicodedata.is_normalized(kind, text))
+        return text.isascii() or (kind in ("NFC", "NFKC") and unicodedata.is_normalized(kind, text))
 
     def said(self, text: str, place: Place) -> bytes:
         """What the ids of `text` must say: the text after the normaliser, with SentencePiece's marks for spaces."""
@@ -126,13 +131,15 @@ class _Reader:
 
     def encode(self, text: str) -> list[int]:
         if self._fast is not None:
-            return self._fast.encode(text, split_special_tokens=True).ids
+            with suppress(ValueError):  # a byte that the vocabulary lacks; the reference drops it, and the proof will name it
+                return self._fast.encode(text, split_special_tokens=True).ids
         return self._reference.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._fast is not None:
-            ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
-            return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
+            with suppress(ValueError):
+                ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+                return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
         found = [e.ids for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)]
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(ids) for ids in found], out=offsets[1:])
@@ -167,8 +174,41 @@ def parity(tokenizer_json: str, texts: list[str]) -> str | None:
     return None
 
 
-def byte_table(tokenizer_json: str) -> list[bytes]:
-    """The bytes that each id stands for. Raises TemplateError for a vocabulary where that is no fact of the id alone."""
+class TokenBytes:
+    """What each id of a vocabulary says, as bytes."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        """Raises TemplateError for a vocabulary where that is no fact of the id alone."""
+        self.table = _byte_table(tokenizer_json)
+        self.sizes = np.array([len(said) for said in self.table], np.int32)
+        """Bytes of each id, int32 [vocabulary]."""
+        width = -(-int(self.sizes.max(initial=1)) // 8) * 8
+        self._words = np.frombuffer(b"".join(said.ljust(width, b"\0") for said in self.table), "<u8").reshape(len(self.table), -1)
+
+    def say(self, ids: Sequence[int]) -> bytes:
+        """What these ids say, one after the other."""
+        return b"".join(map(self.table.__getitem__, ids))
+
+    def says(self, ids: np.ndarray, said: bytes) -> bool:
+        """Whether `say(ids) == said`, for very many ids: each token is compared with its place in `said`, eight bytes at a time."""
+        sizes = self.sizes[ids]
+        starts = np.cumsum(sizes) - sizes
+        if int(sizes.sum(dtype=np.int64)) != len(said):
+            return False
+        words_at = np.ndarray(len(said) + 1, "<u8", said + bytes(8), strides=(1,))  # the eight bytes from each place on
+        for word in range(self._words.shape[1]):
+            if word:  # few tokens are that long
+                longer = np.flatnonzero(sizes > 8 * word)
+                ids, starts, sizes = ids[longer], starts[longer], sizes[longer]
+            if not np.array_equal(words_at[starts + 8 * word] & _LOW_BYTES[np.minimum(sizes - 8 * word, 8)], self._words[ids, word]):
+                return False
+        return True
+
+
+_LOW_BYTES = np.array([256**n - 1 for n in range(9)], np.uint64)
+
+
+def _byte_table(tokenizer_json: str) -> list[bytes]:
     config = json.loads(tokenizer_json)
     tokenizer = Tokenizer.from_str(tokenizer_json)
     byte_level = (config.get("decoder") or {}).get("type") == "ByteLevel"

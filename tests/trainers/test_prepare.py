@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +20,10 @@ import pytest
 from trainers.chat import Chat
 from trainers.errors import DataError, Fenced, TemplateError
 from trainers.examine import TOO_LONG
-from trainers.prepare import prepare
+from trainers.prepare import prepare, survey
 from trainers.records import DataReport, PrepareRecord, RunDir
 from trainers.spec import JobSpec
-from trainers.store import TokenStore
+from trainers.store import TokenStore, is_store
 
 
 def rows(num: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -269,6 +274,149 @@ def test_a_model_without_template_is_refused(desk: Desk) -> None:
     desk.model = desk.root
     with pytest.raises(TemplateError):
         desk.prepare({"train": [{"path": jsonl(desk.root / "d.jsonl", rows(5))}]})
+
+
+def test_tools_are_carried_into_the_store(desk: Desk) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    tool = {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    }
+    row = {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+            {"role": "assistant", "content": "Rain."},
+        ],
+        "tools": [tool],
+    }
+    path = jsonl(desk.root / "tools.jsonl", [{**row, "n": n} for n in range(3)])
+    record = desk.prepare({"train": [{"path": path}], "validation": 0}, template="chatml")
+    chat = Chat.load(desk.model, "chatml")
+    ids, weights = examples(record, "train")["tools.jsonl:1"]
+    trained = chat.token_bytes.say([id for id, weight in zip(ids, weights, strict=True) if weight]).decode()
+    assert '{"name": "weather", "arguments": {"city": "Oslo"}}' in trained and trained.endswith("Rain.<|im_end|>")
+    assert RunDir(desk.root / "run1").path("chat_template.jinja").read_text() == chat.template
+
+
+def test_a_mixture_repeats_and_thins_sources(desk: Desk) -> None:
+    paths = [jsonl(desk.root / f"{name}.jsonl", rows(40, seed)) for seed, name in enumerate("abc")]
+    sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (2.5, 0.25, 1), strict=True)]
+    record = desk.prepare({"train": sources, "validation": 0})
+    store = TokenStore(Path(record.store), "train")
+    ids = [store.example_id(i) for i in range(len(store))]
+    counts = Counter(id[0] for id in ids)
+    assert counts == {"a": 100, "b": 10, "c": 40} and set(Counter(id for id in ids if id[0] == "a").values()) == {2, 3}
+    assert [s.examples for s in desk.report().sources] == [100, 10, 40] and [s.kept for s in desk.report().sources] == [40, 40, 40]
+    assert desk.report().train.examples == 150
+    again = desk.prepare({"train": sources, "validation": 0}, stores="again", chunk_bytes=2000)
+    assert files(again) == files(record)
+
+
+def test_duplicates_conflicts_and_leakage_are_counted_with_cases(desk: Desk) -> None:
+    def pair(question: str, answer: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    data = [*rows(30), pair("q", "one"), pair("q", "two"), pair("r", "same"), pair("r", "same "), pair("held", "out")]
+    train, held = jsonl(desk.root / "t.jsonl", data), jsonl(desk.root / "v.jsonl", [pair("held", "back")])
+    task = jsonl(desk.root / "task.jsonl", [pair("r", "x")])
+    sources = {"train": [{"path": train}], "validation": [{"path": held}]}
+
+    def findings(**curate: Any) -> dict[str, tuple[str, int]]:
+        spec = JobSpec.parse({"data": {**sources, "curate": curate}, "evaluate": {"tasks": [{"path": task}]}})
+        desk.jobs += 1
+        prepare(spec, desk.model, desk.root / "stores", RunDir(desk.root / f"run{desk.jobs}", 1, "driver"), executor="local")
+        return {f.step: (f.action, f.rows) for f in desk.report().findings}
+
+    assert findings() == {"duplicates": ("report", 1), "conflicts": ("report", 2), "leakage": ("report", 3)}
+    (case,) = next(f for f in desk.report().findings if f.step == "duplicates").cases
+    assert case.where == "t.jsonl:34" and case.text.startswith("like t.jsonl:33: r -> same")
+    assert any("leakage (report): 3 rows" in e.message for _, events in RunDir(desk.root / "run1").events() for e in events)
+    assert findings(duplicates="drop", conflicts="drop", leakage="drop")["leakage"] == ("drop", 2)
+    (source, _) = desk.report().sources
+    assert source.dropped == {"conflicts": 2, "duplicates": 1, "leakage": 2} and source.kept == 30 == desk.report().train.examples
+    with pytest.raises(DataError, match=r"t.jsonl:31: conflicts, as in 2 rows \(like t.jsonl:32"):
+        findings(conflicts="refuse")
+    assert not any(path.name.startswith(".") for path in (desk.root / "stores").iterdir())
+
+
+def test_a_killed_prepare_goes_on_from_its_parts(desk: Desk) -> None:
+    """Killed while it examines; what it had examined is not examined again, and the store is the one of an unbroken run."""
+    path = jsonl(desk.root / "d.jsonl", rows(20_000))
+    spec = JobSpec.parse({"data": {"train": [{"path": path}]}})
+    (desk.root / "spec.json").write_text(spec.to_json())
+    code = (
+        "import sys; from pathlib import Path; from trainers.prepare import prepare; from trainers.records import RunDir;"
+        "from trainers.spec import JobSpec; root, model = map(Path, sys.argv[1:]);"
+        "spec = JobSpec.model_validate_json((root / 'spec.json').read_bytes());"
+        "prepare(spec, model, root / 'killed', RunDir(root / 'runk', 1, 'driver'), executor='local', chunk_bytes=20_000)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(desk.root), str(desk.model)])
+    try:
+        deadline = time.monotonic() + 60
+        while len(parts := sorted((desk.root / "killed").glob(".*/*.arrow"))) < 5:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    kept = {part: part.stat().st_mtime_ns for part in parts}
+    assert not any(is_store(folder) for folder in (desk.root / "killed").iterdir())
+
+    seen: list[Path] = []
+
+    class Watched(RunDir):
+        def progress(self, stage: str, **numbers: Any) -> None:
+            seen[:] = [part for part, written in kept.items() if part.exists() and part.stat().st_mtime_ns == written] or seen
+            super().progress(stage, **numbers)
+
+    run = Watched(desk.root / "again", 1, "driver")
+    record = prepare(spec, desk.model, desk.root / "killed", run, executor="local", chunk_bytes=20_000)
+    assert seen == parts and not record.cached
+    whole = desk.prepare({"train": [{"path": path}]}, stores="whole")
+    assert files(record) == files(whole)
+    assert [p.name for p in (desk.root / "killed").iterdir()] == [record.key]
+
+
+def test_a_survey_counts_what_would_stop_a_job_and_writes_no_store(desk: Desk) -> None:
+    content = [
+        *rows(30),
+        *(row for row, _ in BAD),
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * 900}]},
+    ]
+    path = jsonl(desk.root / "d.jsonl", content)
+    Path(path).write_text(Path(path).read_text() + "{broken\n")
+    spec = JobSpec.parse({"data": {"train": [{"path": path}]}, "model": {"max_length": 700, "overlength": "drop"}})
+    told: list[tuple[int, int]] = []
+    report = survey(spec, desk.model, desk.root / "scratch", on_progress=lambda done, total: told.append((done, total)))
+    (source,) = report.sources
+    assert source.read == 35 and source.kept == 30 == report.train.examples + report.validation.examples
+    assert source.dropped[TOO_LONG] == 1 and sum(source.dropped.values()) == 5
+    (refused,) = [f for f in report.findings if f.step == "refused"]
+    assert refused.rows == 4 == sum(refused.detail.values()) and [case.where for case in refused.cases] == [
+        f"d.jsonl:{n}" for n in (31, 32, 33, 35)
+    ]
+    assert (
+        sum(count for _, count in report.train.lengths) == report.train.examples and report.train.lengths[-1][0] >= report.train.length_max
+    )
+    assert told[-1] == (35, 35) and not list(desk.root.rglob("manifest.json"))
+
+
+def test_the_report_says_how_to_make_the_store_again(desk: Desk) -> None:
+    path = jsonl(desk.root / "d.jsonl", rows(20))
+    source = {"path": path, "licence": "cc-by-4.0", "name": "poems"}
+    run = RunDir(desk.root / "run1", 1, "driver")
+    spec = JobSpec.parse({"data": {"train": [source], "train_on": "last_assistant"}})
+    record = prepare(spec, desk.model, desk.root / "stores", run, executor="local", requested_by="project default, key k1")
+    report = run.read("data_report.json", DataReport)
+    assert report is not None and report.requested_by == "project default, key k1"
+    (lineage,) = report.sources
+    assert (lineage.name, lineage.url, lineage.licence, lineage.bytes) == ("poems", path, "cc-by-4.0", Path(path).stat().st_size)
+    assert lineage.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert report.recipe["train"][0]["sha256"] == lineage.sha256 and report.recipe["train_on"] == "last_assistant"
+    key = hashlib.sha256(json.dumps(report.recipe, sort_keys=True).encode()).hexdigest()[:32]
+    assert key == record.key and report.tokenizer == "fastokens" and "fastokens" in report.recipe["versions"]
 
 
 # -- on Ray --------------------------------------------------------------------------------------------------------------
