@@ -89,7 +89,8 @@ def pong(number: int) -> dict[str, str]:
 
 
 def test_fifty_rows_of_ones_own_survive_a_killed_service_and_answer(service: Service) -> None:
-    job = service.create([pong(n) for n in range(50)], suffix="pong", hyperparameters={"n_epochs": 3})
+    own_template = {"model": {"template": "chatml"}}  # the base's own adds a system message
+    job = service.create([pong(n) for n in range(50)], suffix="pong", hyperparameters={"n_epochs": 3}, extra_body={"job": own_template})
     wait_for(lambda: service.detail(job.id)["stage"] == "train", 120)
     service.kill()
     service.start()
@@ -103,17 +104,34 @@ def test_fifty_rows_of_ones_own_survive_a_killed_service_and_answer(service: Ser
     assert service.detail(job.id)["attempt"] == 1
 
     asked: Any = {"messages": [{"role": "user", "content": "Ping 77"}], "temperature": 0, "max_tokens": 32}
-    answers = {}
+    answers, prompts = {}, {}
     checkpoint = service.client.fine_tuning.jobs.checkpoints.list(job.id).data[0].fine_tuned_model_checkpoint
     for name in (job.fine_tuned_model, checkpoint, MODEL):
-        answers[name] = service.client.chat.completions.create(model=name, **asked).choices[0].message.content
+        answer = service.client.chat.completions.create(model=name, **asked)
+        answers[name], prompts[name] = answer.choices[0].message.content, answer.usage.prompt_tokens
     assert answers[job.fine_tuned_model] == "Pong 77!"
     assert answers[checkpoint] == "Pong 77!"
     assert answers[MODEL] != "Pong 77!"
+    assert prompts[checkpoint] == prompts[job.fine_tuned_model] < prompts[MODEL]
 
     streamed = service.client.chat.completions.create(model=job.fine_tuned_model, stream=True, **asked)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == "Pong 77!"
-    assert (service.home / "runs" / job.id / "model" / "model.safetensors").exists()
+    run = service.home / "runs" / job.id
+    assert (run / "model" / "model.safetensors").exists()
+    template = (run / "model" / "chat_template.jinja").read_text()
+    assert [file.read_text() for file in run.glob("adapters/*/chat_template.jinja")] == [template] * len(list(run.glob("adapters/*")))
+
+    report: Any = service.client.get(f"/tuneyard/jobs/{job.id}/report", cast_to=object)
+    assert report["requested_by"].startswith("project default, key_") and report["sources"][0]["read"] == 50
+    assert "mine.jsonl" in (run / "data_report.html").read_text()
+    shown = subprocess.run(
+        [sys.executable, "-m", "service.cli", "show", job.id, "--home", str(service.home)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "50 rows read, 0 left out" in shown.stdout
 
 
 @pytest.mark.parametrize(
