@@ -602,11 +602,24 @@ def _on_ray(chat: Chat, rules: Rules, chunks: list[tuple[int, Chunk]]) -> Genera
                     else _nothing(number)
                 )
 
-    tables = dataset.map_batches(work, batch_format="pyarrow", batch_size=None).iter_batches(batch_size=None, batch_format="pyarrow")
+    tables = dataset.map_batches(work, batch_format="pyarrow", batch_size=None, **cpu_nodes()).iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    )
     for table in cast("Iterator[pa.Table]", tables):
         number = table.column("part")[0].as_py()
         rows = table.drop_columns(["part"])
         yield number, rows.filter(rows.column("id").is_valid()) if rows.column("id").null_count else rows
+
+
+def cpu_nodes() -> dict[str, Any]:
+    """Arguments that keep Ray's tasks off nodes with accelerators, where there are nodes without; asked of the cluster as it is now."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    label = "ray.io/accelerator-type"
+    with_gpus = [node for node in nodes if node["Resources"].get("GPU")]
+    kinds = sorted({node["Labels"][label] for node in with_gpus if label in node.get("Labels", {})})
+    return {"label_selector": {label: f"!in({','.join(kinds)})"}} if kinds and len(with_gpus) < len(nodes) else {}
 
 
 def _nothing(number: int) -> pa.Table:

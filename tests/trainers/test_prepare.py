@@ -459,3 +459,26 @@ def test_ray_raises_the_first_bad_row_in_file_order(desk: Desk, local_ray: None)
         desk.prepare({"train": [{"path": jsonl(desk.root / "d.jsonl", content)}]}, executor="ray", chunk_bytes=2_000)
     assert type(error.value) is DataError and error.value.param == "training_file"
     assert list((desk.root / "stores").iterdir()) == []
+
+
+@RAY_WARNS_ITSELF
+def test_work_stays_off_nodes_with_accelerators(tmp_path: Path) -> None:
+    """In a process of its own: a cluster of two nodes, one of which has GPUs."""
+    code = """
+import sys, tempfile, ray, ray.data
+from ray.cluster_utils import Cluster
+from trainers.prepare import cpu_nodes
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+assert cpu_nodes() == {}, cpu_nodes()
+gpu = cluster.add_node(num_cpus=2, num_gpus=2, labels={"ray.io/accelerator-type": "A100"})
+def where(batch):
+    return {"node": [ray.get_runtime_context().get_node_id()] * len(batch["item"])}
+items = ray.data.from_items(list(range(8)), override_num_blocks=8).map_batches(where, **cpu_nodes())
+found = {row["node"] for row in items.take_all()}
+print("ran on", len(found), "node(s), GPU node:", gpu.node_id in found)
+ray.shutdown()
+cluster.shutdown()
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ran on 1 node(s), GPU node: False" in told.stdout, told.stderr[-2000:]
