@@ -19,7 +19,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jinja2
 
@@ -42,11 +42,8 @@ def _check(source: str, special: dict[str, str], item: bytes) -> str:
 
 def _render(source: str, special: dict[str, str], item: bytes) -> str:
     messages, tools, generation_prompt = marshal.loads(item)
-    return _text(source, special, messages, tools, generation_prompt)
-
-
-def _text(source: str, special: dict[str, str], messages: Any, tools: Any, generation_prompt: bool) -> str:
-    return _compiled(source).render(messages=messages, tools=tools, documents=None, add_generation_prompt=generation_prompt, **special)
+    template = _compiled(source)
+    return template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=generation_prompt, **special)
 
 
 def _skeleton(source: str, special: dict[str, str], item: bytes) -> str:
@@ -54,23 +51,28 @@ def _skeleton(source: str, special: dict[str, str], item: bytes) -> str:
     return json.dumps(trace(source, special, slots, generation_prompt))
 
 
-_WHAT = {"check": _check, "render": _render, "skeleton": _skeleton}
+_WHAT = {
+    "check": (_check, "is not valid Jinja"),
+    "render": (_render, "does not render the conversation"),
+    "skeleton": (_skeleton, "has no skeleton"),
+}
 
 
 def _answer(what: str, source: str, special: dict[str, str], item: bytes) -> tuple[bytes, bytes]:
+    do, failure = _WHAT[what]
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     try:
-        data = _WHAT[what](source, special, item).encode()
+        data = do(source, special, item).encode()
         if len(data) > TEXT_BYTES:
-            return b"E", f"it writes more than {TEXT_BYTES >> 20} MiB".encode()
+            return b"E", f"writes more than {TEXT_BYTES >> 20} MiB".encode()
         return b"T", data
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # a fresh process is surer than this one's scattered memory
     except Exception as error:  # a template is a program: it may raise anything
+        said = type(error).__name__
         with contextlib.suppress(Exception):
-            said = " ".join(str(error).split()) or type(error).__name__
-            return b"E", said.rstrip(".")[:_ERROR_CHARACTERS].encode("utf-8", "replace")
-        return b"E", type(error).__name__.encode()
+            said = " ".join(str(error).split()).rstrip(".") or said
+        return b"E", f"{failure}: {said[:_ERROR_CHARACTERS]}".encode("utf-8", "replace")
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 

@@ -55,6 +55,10 @@ class Environment(ImmutableSandboxedEnvironment):
         self.globals["namespace"] = PublicNamespace
         del self.filters["random"], self.globals["lipsum"]
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        """Stop a template that reaches for what it must not have; Jinja's way is to write nothing in its place."""
+        raise jinja2.exceptions.SecurityError(f"it may not touch {attribute!r} of a {type(obj).__name__}")
+
 
 def _refuse_private(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):

@@ -83,8 +83,8 @@ class Template:
         self.source = source
         self.special = special
         [answer] = _ask("check", source, special, [b""])
-        if isinstance(answer, TemplateError):
-            raise TemplateError(f"The chat template is not valid Jinja: {answer.message}.", "Mend the template.")
+        if isinstance(answer, _Failed):
+            raise TemplateError(f"The chat template {answer}.", "Mend the template.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Template, (self.source, self.special)
@@ -103,7 +103,7 @@ class Template:
         """
         request = marshal.dumps(([tuple(slot) for slot in slots], generation_prompt))
         [answer] = _ask("skeleton", self.source, self.special, [request])
-        if isinstance(answer, TemplateError) or (parts := json.loads(answer)) is None:
+        if isinstance(answer, _Failed) or (parts := json.loads(answer)) is None:
             return None
         return tuple(part if isinstance(part, str) else Blank(*part) for part in parts)
 
@@ -158,25 +158,34 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(_BUILTIN)
 
 
-def _pack(ask: Ask) -> bytes | TemplateError:
+class _Failed(NamedTuple):
+    """No text; says what the chat template does instead, as the rest of a sentence."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def _pack(ask: Ask) -> bytes | _Failed:
     try:
         packed = marshal.dumps(tuple(ask))
     except ValueError as error:
-        return TemplateError(f"it holds a value that is no JSON ({error})")
-    return packed if len(packed) <= TEXT_BYTES else TemplateError(f"it is longer than {TEXT_BYTES >> 20} MiB")
+        return _Failed(f"cannot take a value that is no JSON ({error})")
+    return packed if len(packed) <= TEXT_BYTES else _Failed(f"cannot take a conversation of more than {TEXT_BYTES >> 20} MiB")
 
 
-def _explained(answer: str | TemplateError) -> str | TemplateError:
+def _explained(answer: str | _Failed) -> str | TemplateError:
     if isinstance(answer, str):
         return answer
-    return TemplateError(f"The chat template does not render the conversation: {answer.message}.", "Change its messages or the template.")
+    return TemplateError(f"The chat template {answer}.", "Change the conversation's messages, or the template.")
 
 
 # -- the child -------------------------------------------------------------------------------------------------------
 
 
 class _Died(Exception):
-    """The child is gone; says which limit it broke."""
+    """The child is gone; says which limit it broke, as `_Failed` does."""
 
 
 class _Child:
@@ -219,46 +228,45 @@ class _Child:
         while len(self.buffer) < size:
             if not self.poll.poll(_SILENCE_S * 1000):
                 self.stop()
-                raise _Died(f"it hangs for {_SILENCE_S:.0f} s")
+                raise _Died(f"hangs for {_SILENCE_S:.0f} s")
             data = self.stdout.read(1 << 16)
             if not data:
-                raise _Died(self.stop(kill=False))
+                raise _Died(self.stop())
             self.buffer += data
         taken = bytes(self.buffer[:size])
         del self.buffer[:size]
         return taken
 
-    def answer(self) -> str | TemplateError:
+    def answer(self) -> str | _Failed:
         header = self.read(9)
         size = int.from_bytes(header[1:], "little")
         if size > TEXT_BYTES:  # the child holds itself to this, unless a template has taken it over
             self.stop()
-            raise _Died(f"it writes more than {TEXT_BYTES >> 20} MiB")
+            raise _Died(f"writes more than {TEXT_BYTES >> 20} MiB")
         text = self.read(size).decode("utf-8", "replace")
-        return text if header[:1] == b"T" else TemplateError(text)
+        return text if header[:1] == b"T" else _Failed(text)
 
-    def stop(self, kill: bool = True) -> str:
+    def stop(self) -> str:
         """End the process; says why it had ended before, if it had."""
-        if kill:
-            self.process.kill()
+        self.process.kill()
         self.stdin.close()
         code = self.process.wait()
         self.stdout.close()
         if code == -signal.SIGPROF:
-            return f"it takes more than {CPU_S:.0f} s of CPU time"
+            return f"takes more than {CPU_S:.0f} s of CPU time"
         if code == OUT_OF_MEMORY:
-            return f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"
-        return f"it ended the process that renders it (code {code})"
+            return f"needs more than {MEMORY_BYTES >> 20} MiB of memory"
+        return f"ends the process that it runs in (code {code})"
 
 
 _child: _Child | None = None
 _lock = threading.Lock()
 
 
-def _ask(what: str, source: str, special: dict[str, str], items: list[bytes]) -> list[str | TemplateError]:
-    """An answer for each item; one that kills the child is answered by a TemplateError saying how, and the others are asked again."""
+def _ask(what: str, source: str, special: dict[str, str], items: list[bytes]) -> list[str | _Failed]:
+    """An answer for each item; for one that kills the child, how it did, and those after it are asked again."""
     global _child
-    answers: list[str | TemplateError] = []
+    answers: list[str | _Failed] = []
     deaths = 0
     while len(answers) < len(items):
         chunk = _chunk(items, len(answers))
@@ -272,14 +280,15 @@ def _ask(what: str, source: str, special: dict[str, str], items: list[bytes]) ->
                     answers.append(_child.answer())  # noqa: PERF401  those that came before a death count
             except _Died as death:
                 _child = None
-                answers.append(TemplateError(str(death)))
+                answers.append(_Failed(str(death)))
                 deaths += 1
             except BaseException:  # an interrupt between request and answer: the next answer would be read as another's
                 _child.stop()
                 _child = None
                 raise
         if deaths == _DEATHS:
-            answers += [answers[-1]] * (len(items) - len(answers))
+            given_up = _Failed(f"broke its limits on {_DEATHS} conversations, so the rest were not rendered")
+            answers += [given_up] * (len(items) - len(answers))
     return answers
 
 
