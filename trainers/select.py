@@ -95,10 +95,9 @@ def select(
     choice = _Choice(np.ones(len(rows.digest), bool))
     if curate.duplicates != "off":
         choice.act("duplicates", curate.duplicates, *_on_each_side(rows, choice.alive, lambda i: _duplicates(rows.digest[i])))
-    near = curate.near_duplicates
-    sketches = rows.sketches if near is not None else None
+    near, sketches = curate.near_duplicates, rows.sketches
     if near is not None and sketches is not None and near.action != "off":
-        look = _on_each_side(rows, choice.alive, lambda i: near_twins(sketches[i], near.threshold))
+        look = _on_each_side(rows, choice.alive, lambda i: near_twins(sketches, near.threshold, i))
         choice.act("near_duplicates", near.action, *look)
     if curate.conflicts != "off":
         at, twins = _on_each_side(rows, choice.alive, lambda i: _conflicts(rows.prompt[i], rows.digest[i]))
@@ -106,8 +105,7 @@ def select(
 
     validation = rows.held_out | _split(rows, choice.alive, validation_fraction)
     if curate.leakage != "off":
-        threshold = near.threshold if near is not None else 1.0
-        _leakage(choice, rows, validation, curate.leakage, sketches, threshold, test_prompts)
+        _leakage(choice, rows, validation, curate, test_prompts)
 
     train = np.flatnonzero(choice.alive & ~validation)
     copies = np.zeros(len(rows.digest), np.int64)
@@ -127,20 +125,17 @@ class _Choice:
     dropped: dict[str, Indices] = field(default_factory=dict)
     findings: list[Found] = field(default_factory=list)
 
-    def act(
-        self, step: str, action: str, rows: Indices, twins: Indices | list[int | str | None], detail: dict[str, float] | None = None
-    ) -> None:
+    def act(self, step: str, action: str, rows: Indices, twins: list[int | str], detail: dict[str, float] | None = None) -> None:
         if not len(rows):
             return
-        first = [twin if isinstance(twin, str) else int(twin) for twin in twins[:_CASES] if twin is not None]
-        self.findings.append(Found(step, action, detail or {}, rows, [*first]))
+        self.findings.append(Found(step, action, detail or {}, rows, twins))
         if action == "drop":
             self.alive[rows] = False
             self.dropped[step] = rows
 
 
-def _on_each_side(rows: Rows, alive: NDArray[np.bool_], find: Callable[[Indices], Indices]) -> tuple[Indices, Indices]:
-    """(rows, their twins) where `find` gives rows a twin (-1: none), training and validation sources each by themselves."""
+def _on_each_side(rows: Rows, alive: NDArray[np.bool_], find: Callable[[Indices], Indices]) -> tuple[Indices, list[int | str]]:
+    """(rows, twins of the first few) where `find` gives rows a twin (-1: none), training and validation sources each by themselves."""
     twin_of = np.full(len(alive), -1, np.int64)
     for side in (~rows.held_out, rows.held_out):
         mine = np.flatnonzero(alive & side)
@@ -148,7 +143,7 @@ def _on_each_side(rows: Rows, alive: NDArray[np.bool_], find: Callable[[Indices]
             twin = find(mine)
             twin_of[mine] = np.where(twin >= 0, mine[twin], -1)
     found = np.flatnonzero(twin_of >= 0)
-    return found, twin_of[found]
+    return found, twin_of[found[:_CASES]].tolist()
 
 
 def _first_equal(keys: NDArray[np.uint64]) -> Indices:
@@ -197,69 +192,77 @@ def _split(rows: Rows, alive: NDArray[np.bool_], fraction: float) -> NDArray[np.
 
 
 def _leakage(
-    choice: _Choice,
-    rows: Rows,
-    validation: NDArray[np.bool_],
-    action: str,
-    sketches: NDArray[np.uint16] | None,
-    threshold: float,
-    test_prompts: dict[str, NDArray[np.uint64]],
+    choice: _Choice, rows: Rows, validation: NDArray[np.bool_], curate: Curate, test_prompts: dict[str, NDArray[np.uint64]]
 ) -> None:
     """Training rows whose prompt is also one of validation or of an evaluation task, or that are near-duplicates of a validation row."""
     train, held_out = np.flatnonzero(choice.alive & ~validation), np.flatnonzero(choice.alive & validation)
-    detail: dict[str, float] = {}
     twins: dict[int, int | str] = {}
+    detail: dict[str, float] = {}
 
-    def add(kind: str, leaking: Indices, twin: Indices | None) -> None:
-        new = [(i, place) for place, i in enumerate(leaking.tolist()) if i not in twins]
-        twins.update((i, kind if twin is None else int(twin[place])) for i, place in new)
+    def add(kind: str, leaking: Indices, twins_of: list[int] | list[str]) -> None:
+        new = {row: twin for row, twin in zip(leaking.tolist(), twins_of, strict=True) if row not in twins}
+        twins.update(new)
         if new:
             detail[kind] = len(new)
 
-    known, first = np.unique(rows.prompt[held_out], return_index=True)
-    leaking = train[np.isin(rows.prompt[train], known)]
-    add("validation", leaking, held_out[first][np.searchsorted(known, rows.prompt[leaking])])
-    for task, prompts in test_prompts.items():
-        add(task, train[np.isin(rows.prompt[train], prompts)], None)
-    if sketches is not None:
-        twin = near_twins(sketches[np.concatenate([held_out, train])], threshold, references=len(held_out))[len(held_out) :]
-        add("nearly in validation", train[twin >= 0], held_out[twin[twin >= 0]])
+    prompts, first = np.unique(rows.prompt[held_out], return_index=True)
+    leaking = train[np.isin(rows.prompt[train], prompts)]
+    add("validation", leaking, held_out[first][np.searchsorted(prompts, rows.prompt[leaking])].tolist())
+    for task, asked in test_prompts.items():
+        leaking = train[np.isin(rows.prompt[train], asked)]
+        add(task, leaking, [task] * len(leaking))
+    near = curate.near_duplicates
+    if near is not None and rows.sketches is not None:
+        if near.action == "drop":  # then the split has none left
+            held_out = held_out[rows.held_out[held_out]]
+        order = np.concatenate([held_out, train])
+        twin = near_twins(rows.sketches, near.threshold, order, references=len(held_out))[len(held_out) :]
+        add("nearly in validation", train[twin >= 0], order[twin[twin >= 0]].tolist())
     at = np.array(sorted(twins), np.int64)
-    choice.act("leakage", action, at, [twins[i] for i in at.tolist()[:_CASES]], detail)
+    choice.act("leakage", curate.leakage, at, [twins[row] for row in at[:_CASES].tolist()], detail)
 
 
 # -- near-duplicates -----------------------------------------------------------------------------------------------------
 
 
-def near_twins(sketches: NDArray[np.uint16], threshold: float, references: int | None = None) -> Indices:
-    """[N] for each row an earlier one that is kept and alike (estimated Jaccard similarity >= threshold); -1: none, the row itself is kept.
+def near_twins(sketches: NDArray[np.uint16], threshold: float, order: Indices, references: int | None = None) -> Indices:
+    """For each row of `order` a place in it before its own, of a row that is kept and alike; -1: there is none, the row itself is kept.
 
-    With `references`, only the first so many rows are kept, and only the others are compared. sketches: [N, P].
-    Candidates come from locality-sensitive hashing (Leskovec et al., Mining of Massive Datasets, 3.4), and each is verified. Equal
-    rows up to the threshold are found with a probability of 99%.
+    Alike are rows with an estimated Jaccard similarity of at least `threshold`. sketches: [N, P]. With `references`, only the first so
+    many of the order are kept, and only the others are compared. Candidates come from locality-sensitive hashing (Leskovec et al., Mining
+    of Massive Datasets, 3.4), and each is verified; of rows as alike as the threshold 99% are candidates.
     """
-    num_rows, num_values = sketches.shape
-    table, num_buckets = _buckets(sketches, _band_width(threshold, num_values))
+    table, num_buckets = _buckets(sketches, order, _band_width(threshold, sketches.shape[1]))
     latest = np.full(num_buckets, -1, np.int32)
-    twins = np.full(num_rows, -1, np.int64)
-    wanted = int(np.ceil(threshold * num_values - 1e-9))
-    for row in np.flatnonzero((table >= 0).any(axis=1)).tolist():
-        bands = np.flatnonzero(table[row] >= 0)
-        buckets = table[row, bands]
-        if references is None or row >= references:
-            at = latest[buckets]
-            for _ in range(_LOOK_BACK):
-                kept = at[at >= 0]
-                if not len(kept):
+    twins = np.full(len(order), -1, np.int64)
+    wanted = int(np.ceil(threshold * sketches.shape[1] - 1e-9))
+
+    def twin(place: int, bands: Indices) -> int:
+        at = latest[table[place, bands]]
+        for steps in (1, _LOOK_BACK - 1):  # most twins are the latest kept row of a bucket
+            seen = []
+            for _ in range(steps):
+                bands, at = bands[at >= 0], at[at >= 0]
+                if not len(at):
                     break
-                alike = kept[(sketches[kept] == sketches[row]).sum(axis=1) >= wanted]
-                if len(alike):
-                    twins[row] = alike.min()
-                    break
-                at = np.where(at >= 0, table[at, bands], -1)
-        if twins[row] < 0 and (references is None or row < references):
-            table[row, bands] = latest[buckets]  # from here on the row's place names the kept row before it in the same bucket
-            latest[buckets] = row
+                seen.append(at)
+                at = table[at, bands]
+            if not seen:
+                return -1
+            kept = np.unique(np.concatenate(seen))
+            alike = kept[np.count_nonzero(sketches[order[kept]] == sketches[order[place]], axis=1) >= wanted]
+            if len(alike):
+                return int(alike[0])
+        return -1
+
+    for place in np.flatnonzero((table >= 0).any(axis=1)).tolist():
+        bands = np.flatnonzero(table[place] >= 0)
+        if references is None or place >= references:
+            twins[place] = twin(place, bands)
+        if twins[place] < 0 and (references is None or place < references):
+            buckets = table[place, bands]
+            table[place, bands] = latest[buckets]  # from here on a link to the kept row before it in the same bucket
+            latest[buckets] = place
     return twins
 
 
@@ -269,16 +272,15 @@ def _band_width(threshold: float, num_values: int) -> int:
     return max(widths)
 
 
-def _buckets(sketches: NDArray[np.uint16], width: int) -> tuple[NDArray[np.int32], int]:
-    """[N, bands] number of the bucket that a row shares with others in each band (-1: it is alone), and how many buckets there are."""
-    num_rows, num_values = sketches.shape
-    num_bands = num_values // width
-    table = np.full((num_rows, num_bands), -1, np.int32)
+def _buckets(sketches: NDArray[np.uint16], order: Indices, width: int) -> tuple[NDArray[np.int32], int]:
+    """[len(order), bands] the bucket that a row shares with others in each band (-1: it is alone), and how many buckets there are."""
+    num_bands = sketches.shape[1] // width
+    table = np.full((len(order), num_bands), -1, np.int32)
     num_buckets = 0
     for band in range(num_bands):
-        key = np.zeros(num_rows, np.uint64)
+        key = np.zeros(len(order), np.uint64)
         for column in range(band * width, (band + 1) * width):
-            key = _hash(key ^ sketches[:, column], 0)
+            key = _hash(key ^ sketches[order, column], 0)
         _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
         shared = counts > 1
         number = np.where(shared, np.cumsum(shared) - 1 + num_buckets, -1)
@@ -300,7 +302,9 @@ def _copies(rows: Rows, train: Indices, weights: list[float], balance: Balance |
     if not len(train):
         return copies
     cls = rows.cls[train] if balance is not None else np.full(len(train), -1, np.int32)
-    codes, cell_of, sizes = np.unique(rows.source[train] * (len(class_names) + 1) + cls + 1, return_inverse=True, return_counts=True)
+    codes, cell_of, sizes = np.unique(
+        rows.source[train].astype(np.int64) * (len(class_names) + 1) + cls + 1, return_inverse=True, return_counts=True
+    )
     cell_source, cell_class = codes // (len(class_names) + 1), codes % (len(class_names) + 1) - 1
     cell_weights = np.array([weights[source] for source in cell_source], np.float64)
     totals: NDArray[np.float64] = cell_weights * sizes

@@ -72,15 +72,16 @@ class NearDuplicates(Part):
     action: Check = "drop"
     """What happens to every example but the first of each kind."""
     threshold: Annotated[float, Field(ge=0.5, le=1.0)] = 0.8
-    """Estimated Jaccard similarity of word 3-grams from which two examples count as one (MinHash; Broder, 1997)."""
+    """Estimated Jaccard similarity of word 3-grams from which two examples count as one (MinHash; Broder, 1997). System messages and tools
+    are left out; a long instruction that every prompt repeats still makes short examples alike, so look at the report's cases first."""
 
 
 class Balance(Part):
     by: str
     """The column that names an example's class."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Class -> its share, relative to the others'; all equal by default."""
-    max_repeat: Annotated[float, Field(ge=1, le=100)] = 4.0
+    """Class -> its share, relative to the others'; 1 for a class that is not named."""
+    max_repeat: Annotated[int, Field(ge=1, le=100)] = 4
     """No example is trained on more often than this in one epoch to fill a rare class up."""
 
 
@@ -96,11 +97,11 @@ class Curate(Part):
     refusals: Check = "off"
     """Answers that decline ("I cannot ...") or apologise more than twice."""
     repetition: Check = "off"
-    """Answers that say the same thing again and again."""
+    """Answers (or thoughts) that say the same thing again and again."""
     junk: Check = "off"
-    """Text that is no language: replacement characters, control characters, mostly symbols."""
-    languages: list[str] = []
-    """ISO 639-1 codes; examples in another language are left out. Empty: any."""
+    """Text that is no language: replacement characters, control characters, text decoded the wrong way, answers that are mostly symbols."""
+    languages: list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]] = []
+    """ISO 639-1 codes; examples with an answer that is surely in another language are left out. Empty: any."""
     personal_data: Literal["off", "report", "mask", "refuse"] = "off"
     """E-mail addresses, phone, social security, card and medical record numbers: counted, replaced by `[EMAIL]` and so on, or the job
     stops."""
@@ -111,7 +112,8 @@ class Curate(Part):
     conflicts: Literal["off", "report", "drop", "refuse"] = "report"
     """The same prompt with different answers; `drop` leaves out all of them."""
     leakage: Literal["off", "report", "drop", "refuse"] = "report"
-    """Training prompts that also stand in validation sources or evaluation tasks; `drop` leaves them out of training."""
+    """Training prompts that also stand in validation sources or evaluation tasks, and, with `near_duplicates`, examples almost like one of
+    validation; `drop` leaves them out of training."""
     balance: Balance | None = None
     """Repeat rare classes and thin out frequent ones, always the same examples."""
 
@@ -120,7 +122,7 @@ class DataPart(Part):
     train: Annotated[list[Source], Field(min_length=1)]
     """Where the training examples come from, in order."""
     validation: Annotated[float, Field(ge=0.0, le=0.5)] | list[Source] = 0.05
-    """A fraction split off the training examples by a hash of each example, or sources of their own."""
+    """A fraction split off the training examples by a hash of each prompt, or sources of their own."""
     train_on: Literal["assistant", "last_assistant"] = "assistant"
     """Which turns are supervised: every assistant turn, or only the last one."""
     reasoning: Literal["train", "mask", "drop"] = "train"
