@@ -193,7 +193,7 @@ class _Child:
 
     def __init__(self) -> None:
         # It sees nothing of this process's environment but the way to its modules; -S leaves out what site-packages would start.
-        environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.process = subprocess.Popen(
