@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup, escape
 from rich.bar import Bar
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +28,9 @@ from trainers.spec import JobSpec
 
 NUM_BINS = 12
 """Bars of a length chart, at most."""
+
+CASES = 3
+"""Cases of a finding that the terminal shows; those that stop a job are all shown."""
 
 SIZES = (
     (0, "under 50", "Too few to tune on: put the best of them into the prompt instead (few-shot), and collect more."),
@@ -91,7 +95,7 @@ class Note:
     what_to_do: str
     """Empty where it has been done."""
     kinds: list[tuple[str, str]]
-    """(kind, count), most frequent first."""
+    """(kind, count), most frequent first, where there are several."""
     cases: list[tuple[str, str]]
     """(`file:line`, what was found there)."""
     stops: bool
@@ -161,6 +165,8 @@ def _note(finding: Finding) -> Note:
     title = TITLES.get(finding.step) or finding.step.replace("_", " ").capitalize()
     todo = REMEDIES.get(finding.step, "") if stops or finding.action == "report" else ""
     kinds = sorted(finding.detail.items(), key=lambda kind: -kind[1])
+    if [number for _, number in kinds] == [finding.rows]:
+        kinds = []  # all of one kind: the title says it
     return Note(
         title=title,
         rows=finding.rows,
@@ -323,16 +329,13 @@ def _bars(bins: list[tuple[str, int]]) -> Table:
 
 
 def _finding(note: Note) -> RenderableType:
-    text = Text()
-    text.append(f"{note.title}: {note.rows:,} {note.done}", style="red" if note.stops else "yellow" if note.what_to_do else "")
-    if note.kinds and [number for _, number in note.kinds] != [f"{note.rows:,}"]:
-        text.append(visible(" (" + ", ".join(f"{number} {kind}" for kind, number in note.kinds) + ")"))
-    if note.what_to_do:
-        text.append(f"\n  {note.what_to_do}", style="green")
-    for where, found in note.cases:
-        text.append(f"\n  {visible(where)}  ", style="dim")
-        text.append(visible(found))
-    return text
+    head = Text(f"{note.title}: {note.rows:,} {note.done}", style="red" if note.stops else "yellow" if note.what_to_do else "")
+    if note.kinds:
+        head.append(visible(" (" + ", ".join(f"{number} {kind}" for kind, number in note.kinds) + ")"), style="default")
+    body = Text(note.what_to_do, style="green") if note.what_to_do else Text()
+    for where, found in note.cases[: None if note.stops else CASES]:
+        body.append("\n" if body else "").append(visible(where), style="not green dim").append(f"  {visible(found)}", style="default")
+    return Group(head, Padding(body, (0, 0, 0, 2))) if body else head
 
 
 def _slices(groups: list[tuple[str, int, int, float]]) -> Table:

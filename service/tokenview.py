@@ -40,7 +40,8 @@ def page(preview: Preview) -> str:
 def _head(example: PreviewExample) -> Text:
     head = Text(visible(example.id), style="bold")
     if example.error is not None:
-        head.append("  refused: ", style="red").append(visible(str(example.error["message"])), style="not bold")
+        told = str(example.error["message"]).removeprefix(example.id).removeprefix(":").strip()  # an error names its row itself
+        head.append("  refused: ", style="red").append(visible(told), style="not bold")
     elif example.left_out is not None:
         head.append("  left out: ", style="yellow").append(visible(example.left_out), style="not bold")
     else:
