@@ -284,7 +284,12 @@ def _from_bedrock(row: Row) -> list[Message]:
 def _bedrock_text(block: Any, what: str) -> str:
     block = _dict(block, what)
     if "text" not in block:
-        _refuse(f"has a content block without text in {what}:", next(iter(block), None), "Only text can be trained; remove the row.")
+        _refuse(
+            f"has a content block without text in {what}:",
+            next(iter(block), None),
+            "Only text can be trained; remove the row.",
+            "has a content block without text",
+        )
     return _text(block["text"], what)
 
 

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -208,7 +209,9 @@ def _asked(path: str, ask: Any, *arguments: Any) -> Any:
         return ask(*arguments)
     except UserError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):  # what HTTP says of a dead server
+            raise Unavailable(f"{path} does not answer: {_line(error.__cause__)}.", "Check the address, and try again.") from None
         _missing(path)
     except PermissionError as error:
         raise DataError(f"{path} cannot be read: {_line(error)}.", "Check who may read it, and the keys in the environment.") from None
@@ -228,8 +231,15 @@ def _line(error: BaseException) -> str:
 
 
 def _hub_url(source: Source) -> str:
-    """All that names one split of a dataset."""
-    return f"{source.path}?subset={source.subset or ''}&split={source.split}"
+    """All that names one split of a dataset, with the commit that the hub has now: whoever reads it later gets the same rows."""
+    import huggingface_hub
+
+    found = cast("re.Match[str]", _HUB.fullmatch(source.path))
+    revision = found["revision"]
+    with suppress(Exception):  # without a hub, `datasets` finds what this machine has, or says what is wrong
+        revision = huggingface_hub.dataset_info(found["id"], revision=revision).sha
+    at = f"@{revision}" if revision else ""
+    return f"hf://{found['id']}{at}?subset={source.subset or ''}&split={source.split}"
 
 
 @functools.lru_cache(maxsize=32)
@@ -237,6 +247,7 @@ def _from_hub(url: str) -> str:
     """A Parquet file with the rows of one split, made once on each machine: its name is the dataset's fingerprint."""
     import datasets  # takes a second to load, and most jobs need none
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     place, _, query = url.partition("?")
@@ -248,7 +259,7 @@ def _from_hub(url: str) -> str:
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(found["id"], subset or None, split=split, revision=found["revision"])
-    except (DatasetNotFoundError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError) as error:
         raise DataError(f"{place} cannot be read: {_line(error)}.", "Check the name; a private or gated dataset needs HF_TOKEN.") from None
     except (ValueError, RuntimeError) as error:  # no such subset or split, or a dataset that is a program
         raise DataError(f"{place} cannot be read: {_line(error)}.", "Set `subset` and `split` beside `path` to ones that it has.") from None

@@ -119,10 +119,13 @@ def _why(text: bytes) -> Bad:
 _TOO_LONG = (f"is longer than {MAX_ROW_BYTES:,} bytes", "Split the example, or check that the file has line ends.")
 
 
-def lines(blocks: Iterable[bytes], line: int) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines without their ends; None for one that is too long to be held."""
+def lines(blocks: Iterable[bytes], line: int, skip_blank: bool = False) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines without their ends; None for one that is too long to be held. `skip_blank` passes quickly over many blank ones."""
     tail: bytes | None = b""  # None while in a line that is too long
     for block in blocks:
+        if skip_blank and tail == b"" and block.isspace():
+            line += block.count(b"\n")
+            continue
         first, *rest = block.split(b"\n")
         if tail is not None:
             tail += first
@@ -154,7 +157,7 @@ def line_marks(blocks: Iterable[bytes]) -> Iterator[Mark]:
 
 
 def line_rows(blocks: Iterable[bytes], line: int) -> Iterator[Numbered]:
-    for number, text in lines(blocks, line):
+    for number, text in lines(blocks, line, skip_blank=True):
         if text is None:
             yield number, Bad(*_TOO_LONG)
         elif text and not text.isspace():

@@ -74,6 +74,11 @@ class Chunk:
     last: bool = True
     """It goes on to the end of the file."""
 
+    @property
+    def place(self) -> str:
+        """What stands before a row's number in ids and errors."""
+        return f"{self.name}:row " if self.kind == "parquet" else f"{self.name}:"
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -121,7 +126,8 @@ def inspect(source: Source, chunk_bytes: int = 4 * 2**20) -> Inspection:
         size += file.size
         num_rows += rows_of_file
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    return Inspection(source.shown, source.path, format, size, sha256, num_rows, chunks)
+    url = files[0].path.partition("?")[0] if files[0].path.startswith("hf://") else source.path  # with the commit
+    return Inspection(source.shown, url, format, size, sha256, num_rows, chunks)
 
 
 def first_rows(source: Source, slice_by: str | None = None, class_by: str | None = None) -> Iterator[Conversation | RowError]:
@@ -140,8 +146,7 @@ def read(chunk: Chunk, slice_by: str | None = None, class_by: str | None = None)
     """
     if stamp_of(chunk.path) != chunk.stamp:
         raise DataError(f"{chunk.name} has changed while it was being read.", "Run the job again when the file is whole.")
-    format, columns, required = chunk.format, chunk.columns, REQUIRED[chunk.format]
-    place = f"{chunk.name}:row " if chunk.kind == "parquet" else f"{chunk.name}:"
+    format, columns, required, place = chunk.format, chunk.columns, REQUIRED[chunk.format], chunk.place
     number = chunk.line - 1
     try:
         for number, row in _rows(chunk, slice_by, class_by):
@@ -236,7 +241,7 @@ def _decide(source: Source, file: Chunk) -> tuple[str, str]:
             raise
     head = [(number, row) for number, row in seen if not isinstance(row, Bad)]
     if not head and seen:
-        raise _error(f"{file.name}:{seen[0][0]}", seen[0][1])  # type: ignore[arg-type]
+        raise _error(f"{file.place}{seen[0][0]}", seen[0][1])  # type: ignore[arg-type]
     if not head:
         _empty(file.name)
     number, row = head[0]
@@ -252,13 +257,13 @@ def _decide(source: Source, file: Chunk) -> tuple[str, str]:
     table = file.header is not None
     if format is None or (table and not keys.issuperset(REQUIRED[format])):
         what = "has no known format" if format is None else f"has no `{next(k for k in REQUIRED[format] if k not in keys)}`"
-        where = file.name if table else f"{file.name}:{number}"
+        where = file.name if table else f"{file.place}{number}"
         raise RowError(where, f"{what} (columns: {_listed(columns)})", suggest(columns), what)
     try:
         check_columns(source.columns, format)
     except Bad as bad:
         raise _error(file.name, bad) from None
-    return format, f"{file.name}:{number}" if source.format == "auto" else ""
+    return format, f"{file.place}{number}" if source.format == "auto" else ""
 
 
 def _cut(file: Chunk, chunk_bytes: int) -> tuple[list[Chunk], int, str]:
