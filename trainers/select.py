@@ -178,7 +178,7 @@ def _hash(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def _split(rows: Rows, alive: NDArray[np.bool_], fraction: float) -> NDArray[np.bool_]:
-    """[N] the training sources' rows that are held out: those of a prompt with a small hash, so that no prompt is on both sides.
+    """[N] the rows that are held out: those of a prompt with a small hash, so that no prompt is on both sides.
 
     At least one prompt is on each side where there are two.
     """
@@ -188,7 +188,7 @@ def _split(rows: Rows, alive: NDArray[np.bool_], fraction: float) -> NDArray[np.
         return np.zeros(len(alive), bool)
     lowest, highest = int(among.min()), int(among.max())
     limit = min(max(int(fraction * 2**64), lowest + 1), highest)  # one prompt alone is trained on
-    return ~rows.held_out & (hashes < np.uint64(limit))
+    return hashes < np.uint64(limit)
 
 
 def _leakage(
