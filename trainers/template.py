@@ -272,6 +272,9 @@ def _ask(what: str, source: str, special: dict[str, str], items: list[bytes]) ->
         chunk = _chunk(items, len(answers))
         request = marshal.dumps((what, source, special, chunk))
         with _lock:
+            if _child is not None and _child.process.poll() is not None:  # ended between calls: no conversation's fault
+                _child.stop()
+                _child = None
             if _child is None:
                 _child = _Child()
             try:
