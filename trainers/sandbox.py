@@ -57,7 +57,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         """Stop a template that reaches for what it must not have; Jinja's way is to write nothing in its place."""
-        raise jinja2.exceptions.SecurityError(f"it may not touch {attribute!r} of a {type(obj).__name__}")
+        raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is unsafe")
 
 
 def _refuse_private(name: Any) -> None:
