@@ -242,9 +242,7 @@ class Chat:
 
     def render_all(self, asked: list[tuple[list[Message], str | None, bool]]) -> list[str | TemplateError]:
         """The template's text of many conversations: (messages, tools, whether to ask for an answer)."""
-        return self._template.render(
-            [Ask(self._wire(messages), json.loads(tools) if tools else None, gen) for messages, tools, gen in asked]
-        )
+        return self._template.render([Ask(self._wire(messages), _parsed(tools) if tools else None, gen) for messages, tools, gen in asked])
 
     # -- what the proof asks -----------------------------------------------------------------------------------------
 
@@ -285,15 +283,10 @@ class Chat:
         ]
         return [id for piece in pieces for id in piece]
 
-    def cuts(self, messages: list[Message], tools: str | None, text: str) -> list[int]:
-        """The characters of a rendered text at which an answer's encoding begins afresh."""
-        prefixes = self._renders([(k, True) for k in _turns(messages)], messages, tools)
-        return [len(prefix) for prefix in prefixes if text.startswith(prefix)]
-
     @staticmethod
     def tool_names(tools: str | None) -> list[str]:
         """Names of the functions on offer."""
-        return [tool["function"]["name"] for tool in json.loads(tools)] if tools else []
+        return [tool["function"]["name"] for tool in _parsed(tools)] if tools else []
 
     # -- by plan -----------------------------------------------------------------------------------------------------
 
@@ -655,6 +648,12 @@ def _template_source(model_dir: Path, config: dict[str, Any], template: str, tok
             "Leave `model.template` at auto, or choose one that fits the base model.",
         )
     return known.source
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(tools: str) -> list[Any]:
+    """A conversation's tools; whole data sets share a few."""
+    return json.loads(tools)
 
 
 @functools.lru_cache(maxsize=4)

@@ -52,9 +52,10 @@ def prove_all(chat: Chat, claims: Sequence[Claim], train_on: str, reasoning: str
     quick = {i: shape for i, shape in enumerate(shapes) if shape is not None}
     doubtful = set(range(len(claims))) - quick.keys() | set(range(0, len(claims), every))
     doubtful |= _quick_doubts(chat, claims, quick, train_on)
-    for i in sorted(doubtful):
+    slow = sorted(doubtful)
+    for i, texts in zip(slow, _render_all(chat, [claims[i] for i in slow], train_on), strict=True):
         try:
-            _prove(chat, claims[i], train_on, reasoning)
+            _prove(chat, claims[i], texts, train_on, reasoning, again=i % every == 0)
         except UserError as error:
             verdicts[i] = error
     return verdicts
@@ -148,8 +149,29 @@ def _holds(chat: Chat, wanted: Sequence[_Wanted]) -> bool:
     return np.array_equal(ends[firsts], byte_firsts) and np.array_equal(ends[tokens], edges) and chat.token_bytes.says(ids, said)
 
 
-def _prove(chat: Chat, claim: Claim, train_on: str, reasoning: str) -> None:
-    """One claim, step by step, with a name for everything that can be wrong."""
+Texts = dict[tuple[int, bool], str | TemplateError]
+"""(number of messages, whether an answer is asked for) -> what the template renders of them."""
+
+
+def _render_all(chat: Chat, claims: Sequence[Claim], train_on: str) -> list[Texts]:
+    """Whatever the proof of each claim asks the template for, in one go."""
+    wanted: list[list[tuple[int, bool]]] = []
+    for conversation, examples in ((claim.conversation, claim.examples) for claim in claims):
+        messages = conversation["messages"]
+        stops = {example.stop for example in examples} | {k + 1 for k in trained_turns(messages, train_on)}
+        before = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted.append([] if conversation.get("text") else [*((stop, False) for stop in stops), *((k, True) for k in before)])
+    asked = [
+        (claim.conversation["messages"][:stop], claim.conversation.get("tools"), prompt)
+        for claim, keys in zip(claims, wanted, strict=True)
+        for stop, prompt in keys
+    ]
+    answers = iter(chat.render_all(asked))
+    return [{key: next(answers) for key in keys} for keys in wanted]
+
+
+def _prove(chat: Chat, claim: Claim, texts: Texts, train_on: str, reasoning: str, again: bool) -> None:
+    """One claim, step by step, with a name for everything that can be wrong; `again`: the reference encodes all of it once more."""
     conversation, where = claim.conversation, claim.where
     if conversation.get("text"):
         (example,) = claim.examples
@@ -162,24 +184,25 @@ def _prove(chat: Chat, claim: Claim, train_on: str, reasoning: str) -> None:
     claimed = trained if whole else [example.stop - 1 for example in claim.examples]
     _require(claimed == trained, where, f"messages {[k + 1 for k in trained]} are to be trained, but {[k + 1 for k in claimed]} are")
     for example in claim.examples:
-        _prove_one(chat, conversation, example, trained if whole else [example.stop - 1], whole, reasoning, where)
+        part = trained if whole else [example.stop - 1]
+        _prove_one(chat, conversation, example, texts, part, whole, reasoning, where)
+        if again:
+            _prove_ids(chat.with_backend("hf"), conversation, example, texts, part, where)
 
 
 def _prove_one(
-    chat: Chat, conversation: dict[str, Any], example: Example, trained: list[int], whole: bool, reasoning: str, where: str
+    chat: Chat, conversation: dict[str, Any], example: Example, texts: Texts, trained: list[int], whole: bool, reasoning: str, where: str
 ) -> None:
-    chat = chat.with_backend("hf")
     messages, tools = conversation["messages"][: example.stop], conversation.get("tools")
-    ids = example.ids.tolist()
-    text = chat.render(messages, tools=tools)
+    text = _text(texts, (example.stop, False), where)
     if _plain_shape(chat, {"messages": messages, "tools": tools}) is not None:
         answers = locate_answers(chat, messages, text, where)
     else:
-        answers = _locate_by_prefix(chat, messages, tools, text, trained, whole, where)
+        answers = _locate_by_prefix(chat, messages, tools, text, texts, trained, whole, where)
     answers = [answer for answer in answers if answer.message in trained]
 
-    cuts = chat.cuts(messages, tools, text)
-    if chat.token_bytes.say(ids) != chat.said(text, cuts):
+    cuts = _cuts(text, texts, example.stop)
+    if chat.token_bytes.say(example.ids.tolist()) != chat.said(text, cuts):
         _refuse_lost_characters(chat, messages, where)
         _require(False, where, "the tokens do not say what the chat template renders")
     ends = np.concatenate([[0], np.cumsum(chat.token_bytes.sizes[example.ids])])
@@ -201,13 +224,32 @@ def _prove_one(
     if len(answers) > found:
         _require(False, where, f"message {answers[found].message + 1} (assistant) is trained, but has no supervised token")
 
-    for answer in answers:
-        prompt = chat.prompt(messages[: answer.message], tools)
+
+def _prove_ids(chat: Chat, conversation: dict[str, Any], example: Example, texts: Texts, trained: list[int], where: str) -> None:
+    """The third statement, id for id: what the server sends before each answer, and the whole text, in the reference's tokens."""
+    ids = example.ids.tolist()
+    for k in trained:
+        prompt = chat.prompt(conversation["messages"][:k], conversation.get("tools"))
         if ids[: len(prompt)] != prompt:
             different = next((t for t, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(ids))
-            turn = f"message {answer.message + 1} (assistant)"
+            turn = f"message {k + 1} (assistant)"
             _require(False, where, f"{turn}: from token {different} on, training sees another prompt than the server sends")
-    _require(ids == chat.encode_rendered(text, cuts), where, "the tokens say the text otherwise than the tokenizers library does")
+    text = _text(texts, (example.stop, False), where)
+    right = ids == chat.encode_rendered(text, _cuts(text, texts, example.stop))
+    _require(right, where, "the tokens say the text otherwise than the tokenizers library does")
+
+
+def _text(texts: Texts, key: tuple[int, bool], where: str) -> str:
+    text = texts[key]
+    if isinstance(text, TemplateError):
+        raise TemplateError(f"{where}: {text.message}", text.remedy)
+    return text
+
+
+def _cuts(text: str, texts: Texts, stop: int) -> list[int]:
+    """The characters of the rendered text at which an answer's encoding begins afresh: wherever a prompt of it ends."""
+    prompts = [rendered for (k, asked), rendered in texts.items() if asked and k < stop]
+    return sorted(len(prompt) for prompt in prompts if isinstance(prompt, str) and text.startswith(prompt))
 
 
 def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -> list[Answer]:
@@ -238,18 +280,15 @@ def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -
 
 
 def _locate_by_prefix(
-    chat: Chat, messages: list[Message], tools: str | None, text: str, trained: list[int], whole: bool, where: str
+    chat: Chat, messages: list[Message], tools: str | None, text: str, texts: Texts, trained: list[int], whole: bool, where: str
 ) -> list[Answer]:
     """The same for any conversation: an answer begins where its prompt ends. Raises DataError where the template loses something."""
-    asked = [ask for k in trained for ask in ((messages[:k], tools, True), (messages[: k + 1], tools, False))]
-    renders = chat.render_all(asked)
     answers = []
-    for n, k in enumerate(trained):
-        prefix, alone = renders[2 * n], renders[2 * n + 1]
+    for k in trained:
+        prefix, alone = texts[k, True], texts[k + 1, False]
         turn = f"message {k + 1} (assistant)"
-        _require(
-            isinstance(prefix, str) and text.startswith(prefix), where, f"{turn}: the conversation does not go on from the server's prompt"
-        )
+        goes_on = isinstance(prefix, str) and text.startswith(prefix)
+        _require(goes_on, where, f"{turn}: the conversation does not go on from the server's prompt")
         assert isinstance(prefix, str)
         stop = next((m.end() for m in chat.control_pattern.finditer(text, len(prefix)) if m[0] in chat.ends), -1)
         _require(stop > 0, where, f"the chat template does not end {turn}")

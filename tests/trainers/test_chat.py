@@ -160,7 +160,7 @@ REWRITES = (  # the last user message alone carries an instruction, as some temp
         ("{% for m in messages %}{{ m.content", "not valid Jinja"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "changes the text"),
-        ("{{ messages.__class__.__mro__ }}<|im_end|>", "is unsafe"),
+        ("{{ messages.__class__.__mro__ }}<|im_end|>", "does not render|changes the text"),
     ],
 )
 def test_a_template_that_cannot_be_trained_is_refused(tiny: Path, template: str, says: str) -> None:
