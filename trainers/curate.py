@@ -24,7 +24,7 @@ from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  (a na
 
 from trainers.chat import Message
 from trainers.errors import SpecError
-from trainers.personal import TAGS, mask, mask_json
+from trainers.personal import TAGS, mask
 from trainers.refusals import count_apologies, declines
 from trainers.sources import Conversation
 from trainers.spec import Curate
@@ -290,9 +290,9 @@ def _without_personal_data(conversation: Conversation) -> tuple[Conversation, li
     for message in conversation["messages"]:
         changed: Message = {key: hide(mask(message[key])) for key in ("content", "reasoning") if key in message}
         if "tool_calls" in message:
-            changed["tool_calls"] = [{**call, "arguments": hide(mask_json(call["arguments"]))} for call in message["tool_calls"]]
+            changed["tool_calls"] = [{**call, "arguments": hide(mask(call["arguments"]))} for call in message["tool_calls"]]
         messages.append({**message, **changed})
-    tools = conversation["tools"] and hide(mask_json(conversation["tools"]))
+    tools = conversation["tools"] and hide(mask(conversation["tools"]))
     return {**conversation, "messages": messages, "tools": tools} if found else conversation, list(found.items())
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from typing import Any
 
 TAGS = {
     "an e-mail address": "[EMAIL]",
@@ -59,14 +58,21 @@ _BEFORE_PHONE = _after(
 )
 
 
-def mask(text: str, before: str = "") -> tuple[str, Counter[str]]:
+def mask(text: str) -> tuple[str, Counter[str]]:
     """The text with a tag in place of each piece of personal data, and how many of each kind there were.
 
-    `before` is what introduces the text, such as the name of the field that holds it.
+    JSON stays JSON, formatted as it was: a number that is personal becomes a string, and names of fields introduce their values.
     """
-    found: Counter[str] = Counter()
     if _MAYBE.search(text) is None:
-        return text, found
+        return text, Counter()
+    if text.lstrip()[:1] in ("{", "[") and _is_json(text):
+        return _mask_json(text)
+    return _mask_plain(text, "")
+
+
+def _mask_plain(text: str, before: str) -> tuple[str, Counter[str]]:
+    """The same for text that `before` introduces."""
+    found: Counter[str] = Counter()
 
     def hide(match: re.Match[str]) -> str:
         if match[1].lower() in _FILE_ENDINGS or match[0].startswith("git@"):
@@ -89,6 +95,33 @@ def mask(text: str, before: str = "") -> tuple[str, Counter[str]]:
             pieces += [whole[done : match.start()], TAGS[kind]]
             done = at = match.end()
     return "".join([*pieces, whole[done:]]), found
+
+
+_JSON_VALUE = re.compile(r'(?P<string>"[^"\\]*(?:\\.[^"\\]*)*")(?P<name>\s*:)?|-?\d[\d.eE+-]*')
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _mask_json(text: str) -> tuple[str, Counter[str]]:
+    found: Counter[str] = Counter()
+    before = ""
+
+    def hide(match: re.Match[str]) -> str:
+        nonlocal before
+        said = json.loads(match["string"]) if match["string"] else match[0]
+        masked, more = _mask_plain(said, "" if match["name"] else before)
+        found.update(more)
+        if match["name"]:
+            before = f"{said}: "
+        return match[0] if masked == said else json.dumps(masked, ensure_ascii=False) + (match["name"] or "")
+
+    return _JSON_VALUE.sub(hide, text), found
 
 
 def _kind(number: re.Match[str], before: str) -> str | None:
@@ -119,31 +152,3 @@ def _luhn(digits: str) -> bool:
     """ISO/IEC 7812-1, annex B."""
     doubled = [int(d) * 2 for d in digits[-2::-2]]
     return (sum(int(d) for d in digits[::-2]) + sum(d - 9 if d > 9 else d for d in doubled)) % 10 == 0
-
-
-def mask_json(text: str) -> tuple[str, Counter[str]]:
-    """The same for JSON text, which stays JSON: a number that is personal becomes a string. Field names count as introductions."""
-    found: Counter[str] = Counter()
-
-    def masked(text: str, before: str = "") -> str:
-        text, more = mask(text, before)
-        found.update(more)
-        return text
-
-    def walk(value: Any, before: str) -> Any:
-        if isinstance(value, dict):
-            return {masked(key): walk(inner, f"{key}: ") for key, inner in value.items()}
-        if isinstance(value, list):
-            return [walk(inner, before) for inner in value]
-        if isinstance(value, str):
-            return masked(value, before)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            shown = str(value)
-            hidden = masked(shown, before)
-            return value if hidden == shown else hidden
-        return value
-
-    if _MAYBE.search(text) is None:
-        return text, found
-    value = walk(json.loads(text), "")
-    return (json.dumps(value, ensure_ascii=False) if found else text), found
