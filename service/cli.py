@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +183,7 @@ def check(
     for path in output or []:
         if path.suffix not in (".html", ".json"):
             raise typer.BadParameter(f"{path} ends neither in .html nor in .json.", param_hint="--output")
+        _check_writable(path)
     spec = datajob.job_of(data, model, template, format, max_length, validation, slice_by)
     base = find_any(spec.model.base)
     resolved = resolve.defaults(spec, base)
@@ -189,6 +191,8 @@ def check(
     model_dir = ensure(base, settings.models, err.print)
     with TemporaryDirectory(prefix="tuneyard-check-") as scratch, _reading() as show:
         report = survey(datajob.looking_at_everything(spec), model_dir, Path(scratch), on_progress=show)
+    if (column := spec.data.slice_by) and not (report.train.slices or report.validation.slices):
+        raise UserError(f"No example has a column `{column}` to slice by.", "Name a column of the data, or leave slice_by out.")
     about = datareport.about(spec)
     epoch = datareport.epoch_of(report, int(resolved.optim.batch_size), datajob.measured_speed(settings.runs, base.id))
     told = datareport.to_json(report, about, epoch)
@@ -222,6 +226,8 @@ def preview(
     from trainers.fetch import ensure
     from trainers.preview import preview as look
 
+    if html:
+        _check_writable(html)
     spec = datajob.job_of(data, model, template, format)
     found = look(spec, ensure(find_any(spec.model.base), Settings.load(home=home).models, err.print), count, row - 1, id)
     if html:
@@ -233,6 +239,12 @@ def preview(
         out.print(tokenview.renderable(found, ids, coloured), soft_wrap=not out.is_terminal)
     if any(example.error for example in found.examples):
         raise typer.Exit(1)
+
+
+def _check_writable(path: Path) -> None:
+    """Before the work, not after it."""
+    if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+        raise UserError(f"{path} cannot be written.", "Name a file in a folder that exists and is yours.")
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -117,7 +118,7 @@ class Epoch:
 
     @property
     def told(self) -> str:
-        text = f"{self.steps:,} steps of {self.batch_size} examples, {self.tokens:,} tokens"
+        text = f"{self.steps:,} step{'' if self.steps == 1 else 's'} of {self.batch_size} examples, {self.tokens:,} tokens"
         if self.tokens_per_s:
             return (
                 f"{text}; about {duration(self.tokens / self.tokens_per_s)} at {self.tokens_per_s:,.0f} tokens/s, as {self.measured_in} ran"
@@ -202,6 +203,16 @@ def left_out(source: SourceReport) -> list[tuple[str, int]]:
     for reason, count in source.dropped.items():
         reasons[reason.split(":")[0]] += count
     return reasons.most_common()
+
+
+def lineage(report: DataReport) -> list[tuple[str, str]]:
+    """(what, which) of all that went in, by name and hash."""
+    return [
+        *(("requested by", name) for name in [report.requested_by] if name),
+        *((f"source {source.name}", f"{source.url} sha256 {source.sha256}") for source in report.sources),
+        ("template", f"sha256 {report.template_sha256}"),
+        ("tokenizer", f"sha256 {report.tokenizer_sha256}, read by {report.tokenizer}"),
+    ]
 
 
 def shares(report: DataReport) -> list[tuple[str, int, int, float]]:
@@ -370,6 +381,8 @@ def page(report: DataReport, about: dict[str, Any], epoch: Epoch | None = None) 
         shares=shares(report),
         sizes=size_guide(report.train.examples),
         left_out=left_out,
+        lineage=lineage(report),
+        recipe=json.dumps(report.recipe, indent=2),
         epoch=epoch.told if epoch else None,
     )  # fmt: skip
 

@@ -20,6 +20,9 @@ from trainers.examine import Row, Rules, examine_rows
 from trainers.sources import Conversation, first_rows
 from trainers.spec import JobSpec
 
+MAX_CHARS = 2**20
+"""Of one row: beyond it, finding what fits into `max_length` takes many seconds."""
+
 
 class PreviewToken(BaseModel):
     id: int
@@ -84,8 +87,15 @@ def preview(spec: JobSpec, model_dir: Path, limit: int = 3, skip: int = 0, id: s
         tokenizer_sha256=chat.tokenizer_sha256,
         max_length=spec.model.max_length,
         train_on=spec.data.train_on,
-        examples=[example for row in examine_rows(chat, rules, chosen) for example in _shown(chat, row)],
+        # One by one: none needs the memory of all.
+        examples=[example for row in chosen for made in examine_rows(chat, rules, [_bounded(row)]) for example in _shown(chat, made)],
     )
+
+
+def _bounded(row: Conversation | RowError) -> Conversation | RowError:
+    if isinstance(row, RowError) or (chars := sum(len(message["content"]) for message in row["messages"])) <= MAX_CHARS:
+        return row
+    return RowError(row["id"], f"has {chars:,} characters, more than a preview looks at", "Look at the whole data with `tuneyard check`.")
 
 
 @functools.lru_cache(maxsize=4)

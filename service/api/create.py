@@ -127,7 +127,7 @@ def spec_of(body: Create, store: Store, project: Project) -> tuple[JobSpec, Base
     except SpecError as error:
         raise SpecError(error.message, error.remedy, f"job.{error.param}" if error.param else "job") from None
     if spec.model.template not in TEMPLATES:
-        remedy = f"Use one of: {', '.join(TEMPLATES)}. A Jinja file can be given on the command line only."
+        remedy = f"The service takes one of: {', '.join(TEMPLATES)}. For a Jinja file there is `python -m trainers.local JOB.yaml`."
         raise SpecError(f"`model.template` is `{spec.model.template}`.", remedy, "job.model.template")
     return _files_named(spec, store, project), base
 

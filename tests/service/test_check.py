@@ -73,15 +73,13 @@ def test_bad_rows_leave_with_1_and_are_all_named(run, tmp_path: Path) -> None:
     lines[30] = json.dumps({"instruction": "Long", "output": "word " * 3000})
     lines[40] = '{"instruction": "No answer"}'
     file.write_text("\n".join(lines))
-    code, out, _ = run("check", "bad.jsonl", "--json")
-    told = json.loads(out)
-    assert code == 1 and not told["starts"]
+    code, out, _ = run("check", "bad.jsonl", "-o", "told.json", COLUMNS="60")
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert code == 1 and not told["starts"] and "Not ready" in out and "bad.jsonl:7" in out and "<|im_end|>" in out
     assert told["report"]["sources"][0]["read"] == 60 and told["report"]["sources"][0]["kept"] == 56
     named = " ".join(where for note in told["notes"] for where, _ in note["cases"])
     for line in (7, 21, 31, 41):
         assert f"bad.jsonl:{line}" in named
-    code, out, _ = run("check", "bad.jsonl", COLUMNS="60")
-    assert code == 1 and "Not ready" in out and "bad.jsonl:7" in out and "<|im_end|>" in out
 
 
 def test_what_is_only_worth_knowing_does_not_stop_a_job(run, tmp_path: Path) -> None:
@@ -125,6 +123,7 @@ def test_a_job_file_brings_its_own_data_and_options_override(run, tmp_path: Path
         (("check", "a.jsonl", "--model", "smollm2-135m-instrukt"), 1, "Did you mean"),
         (("check", "a.jsonl", "--template", "chatmll"), 1, "chatmll"),
         (("check", "a.jsonl", "--template", "none.jinja"), 1, "none.jinja"),
+        (("check", "a.jsonl", "--slice-by", "kindd"), 1, "kindd"),
         (("check", "a.jsonl", "-o", "report.pdf"), 2, ".html"),
         (("check", "a.jsonl", "-o", "none/report.html"), 1, "none/report.html"),
         (("check", "job.yaml", "a.jsonl"), 1, "job file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -41,7 +42,14 @@ def report(*findings: Finding, examples: int = 700, **train: object) -> DataRepo
         examples=examples,
     )
     return DataReport(
-        sources=[source], findings=list(findings), train=split, validation=SplitReport(), template_sha256="t", tokenizer_sha256="k"
+        requested_by="project acme, key_1",
+        recipe={"mask": 2},
+        sources=[source],
+        findings=list(findings),
+        train=split,
+        validation=SplitReport(),
+        template_sha256="t",
+        tokenizer_sha256="k",
     )
 
 
@@ -59,7 +67,7 @@ DUPLICATES = Finding(step="duplicates", action="drop", rows=40)
 NOTHING = Finding(step="junk", action="report", rows=0)
 
 
-def shown(report: DataReport, width: int = 100, **more: object) -> str:
+def shown(report: DataReport, width: int = 100, **more: Any) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(datareport.renderable(report, ABOUT, **more))
     console.file.close()
@@ -178,10 +186,11 @@ def test_the_page_is_whole_escaped_and_loads_nothing() -> None:
     assert page.open == [] and page.loads == [] and "<script" not in html and "url(" not in html and "@import" not in html
     assert "<b>2+2?</b>" in page.text and "<b>" not in html.replace("<body>", "")
     assert "\x1b" not in html and "\\x1b[31m" in html
+    lineage = ("s3://bucket/train.jsonl sha256 " + "9f3a01bc" * 8, "project acme, key_1", '"mask": 2')
     for part in (
+        *lineage,
         "train.jsonl:17",
         "Refused rows",
-        "9f3a01bc",
         "44 steps",
         "create",
         "1.2 MB",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,17 @@ def test_rows_are_chosen_by_number_and_by_name(tiny: Path, tmp_path: Path) -> No
     assert [e.id for e in preview(spec, tiny, limit=2, skip=3).examples] == ["rows.jsonl:4", "rows.jsonl:5"]
     assert [e.id for e in preview(spec, tiny, limit=50).examples] == [f"rows.jsonl:{n}" for n in range(1, 10)]
     assert [e.id for e in preview(spec, tiny, id="rows.jsonl:7").examples] == ["rows.jsonl:7"]
-    for wrong in ({"skip": 9}, {"id": "rows.jsonl:10"}):
+    for skip, id in ((9, None), (0, "rows.jsonl:10")):
         with pytest.raises(UserError, match="has no row"):
-            preview(spec, tiny, **wrong)
+            preview(spec, tiny, skip=skip, id=id)
+
+
+def test_a_row_without_end_costs_nothing(tiny: Path, tmp_path: Path) -> None:
+    spec = job(tmp_path, [conversation("word " * 2_000_000, "b"), conversation("a", "b")], model={"overlength": "truncate_prompt"})
+    begun = time.perf_counter()
+    endless, good = preview(spec, tiny).examples
+    assert endless.error and "more than a preview looks at" in endless.error["message"] and good.tokens
+    assert time.perf_counter() - begun < 3
 
 
 def test_what_stops_a_job_is_shown_in_its_place(tiny: Path, tmp_path: Path) -> None:
