@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -24,9 +24,10 @@ import pyarrow as pa
 
 from trainers import errors
 from trainers.chat import MASK_VERSION, Chat
-from trainers.curate import CURATE_VERSION, fingerprints
+from trainers.curate import CURATE_VERSION, SKETCH_DTYPE, RowChecks, fingerprints
 from trainers.errors import DataError, RowError
 from trainers.examine import ROWS, Diverged, Rules, examine
+from trainers.personal import mask
 from trainers.records import TEMPLATE_FILE, Case, DataReport, Finding, PrepareRecord, RunDir, SourceReport, SplitReport, write_atomic
 from trainers.select import Found, Rows, Selection, select
 from trainers.sources import NORMALISER_VERSION, Chunk, Inspection, conversations, inspect, read
@@ -131,6 +132,7 @@ class _Work(NamedTuple):
         data = spec.data
         chat = Chat.load(model_dir, spec.model.template)
         rules = Rules.of(spec)
+        RowChecks(data.curate)  # what cannot be checked is refused here and not in every worker
         sources = [*data.train, *(data.validation if isinstance(data.validation, list) else [])]
         inspected = [inspect(source, chunk_bytes) for source in sources]
         why_not = parity(chat.tokenizer_json, _sample(inspected))
@@ -190,7 +192,7 @@ def _recipe(spec: JobSpec, chat: Chat, sources: list[Source], inspected: list[In
             "mask": MASK_VERSION,
             "normaliser": NORMALISER_VERSION,
             "curation": CURATE_VERSION,
-            chat.backend: importlib.metadata.version("tokenizers" if chat.backend == "hf" else chat.backend),
+            **{name: importlib.metadata.version(name) for name in _libraries(spec, chat)},
         },
         "train": files[:num_train],
         "validation": files[num_train:] if isinstance(spec.data.validation, list) else spec.data.validation,
@@ -204,6 +206,13 @@ def _recipe(spec: JobSpec, chat: Chat, sources: list[Source], inspected: list[In
         "template": chat.template_sha256,
         "tokenizer": chat.tokenizer_sha256,
     }
+
+
+def _libraries(spec: JobSpec, chat: Chat) -> list[str]:
+    """The libraries whose every release may decide otherwise."""
+    curate = spec.data.curate
+    used = {"rensa": curate.near_duplicates is not None, "py3langid": bool(curate.languages), "ftfy": curate.junk != "off"}
+    return ["tokenizers" if chat.backend == "hf" else chat.backend, *(name for name, needed in used.items() if needed)]
 
 
 def _key(recipe: dict[str, Any]) -> str:
@@ -276,6 +285,26 @@ def _raise_first_error(table: pa.Table, is_train: bool, tolerant: bool) -> None:
             raise kind(message, remedy, "training_file" if is_train else "validation_file")
 
 
+@dataclass
+class _Seen:
+    """One thing found in rows on their own account."""
+
+    step: str
+    action: str
+    kinds: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    cases: list[tuple[int, str]] = field(default_factory=list)
+    """The first few, as (row, text)."""
+    _last: int = -1
+
+    def add(self, kind: str, row: int, text: str) -> None:
+        self.kinds[kind] += 1
+        if row != self._last:  # a row may hold several kinds
+            self.rows, self._last = self.rows + 1, row
+            if len(self.cases) < _NUM_CASES:
+                self.cases.append((row, text))
+
+
 class _Gathered(NamedTuple):
     """What the choice was made from, and the choice."""
 
@@ -286,8 +315,8 @@ class _Gathered(NamedTuple):
     """bool [N]: rows that made examples."""
     dropped: dict[str, np.ndarray]
     """Reason -> rows left out on their own account."""
-    findings: list[tuple[str, str, dict[str, float], list[tuple[int, str]]]]
-    """(step, action, counts by kind, first cases as (row, text)) of what was seen in single rows."""
+    seen: list[_Seen]
+    """What was found in single rows."""
     num_examples: np.ndarray
     """int32 [N]."""
     lengths: np.ndarray
@@ -310,13 +339,10 @@ def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
     slice_names: dict[str, int] = {}
     lengths, supervised, sketches = [], [], []
     dropped: dict[str, list[int]] = {}
-    findings: dict[tuple[str, str], tuple[Counter[str], list[tuple[int, str]]]] = {}
+    seen: dict[tuple[str, str], _Seen] = {}
 
     def find(step: str, action: str, kind: str, row: int, text: str) -> None:
-        counts, cases = findings.setdefault((step, action), (Counter(), []))
-        counts[kind] += 1
-        if len(cases) < _NUM_CASES:
-            cases.append((row, text))
+        seen.setdefault((step, action), _Seen(step, action)).add(kind, row, text)
 
     at = 0
     for part, source_number in enumerate(work.source_of):
@@ -359,7 +385,7 @@ def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
             digest=digest[chosen],
             prompt=prompt[chosen],
             cls=classes[chosen],
-            sketches=_sketch_matrix(sketches)[chosen] if sketches else None,
+            sketches=_sketch_matrix(sketches, chosen) if sketches else None,
         ),
         work.rules.curate,
         [source.weight for source in work.sources[: work.num_train]],
@@ -372,7 +398,7 @@ def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
         source=source,
         kept_before=alive,
         dropped={reason: np.array(rows, np.int64) for reason, rows in dropped.items()},
-        findings=[(step, action, dict(counts), cases) for (step, action), (counts, cases) in findings.items()],
+        seen=list(seen.values()),
         num_examples=num_examples,
         lengths=np.concatenate([np.zeros(0, np.int32), *lengths]),
         supervised=np.concatenate([np.zeros(0, np.int32), *supervised]),
@@ -400,11 +426,10 @@ def _encode(column: pa.Array, names: dict[str, int], out: np.ndarray) -> None:
     out[:] = numbers[coded.indices.fill_null(len(numbers) - 1).to_numpy()]
 
 
-def _sketch_matrix(columns: list[pa.Array]) -> np.ndarray:
-    """uint16 [N, values]; rows that were left out before have zeros."""
-    rows = [value for column in columns for value in column.to_pylist()]
-    width = max((len(value) for value in rows if value), default=0)
-    return np.frombuffer(b"".join(value or bytes(width) for value in rows), np.uint16).reshape(len(rows), -1)
+def _sketch_matrix(columns: list[pa.Array], chosen: np.ndarray) -> np.ndarray:
+    """uint16 [rows chosen, values]."""
+    sketches = pa.chunked_array(columns).take(pa.array(chosen))
+    return np.frombuffer(b"".join(chunk.as_buffer() for chunk in sketches), SKETCH_DTYPE).reshape(len(chosen), -1)
 
 
 def _write(writer: StoreWriter, split: str, spool: Spool, rows: np.ndarray) -> None:
@@ -479,8 +504,8 @@ def _report(work: _Work, spool: Spool, gathered: _Gathered) -> DataReport:
             )
         )
     findings = [
-        Finding(step=step, action=action, rows=int(sum(detail.values())), detail=detail, cases=_cases(spool, cases))
-        for step, action, detail, cases in gathered.findings
+        Finding(step=seen.step, action=seen.action, rows=seen.rows, detail=dict(seen.kinds), cases=_cases(spool, seen.cases))
+        for seen in gathered.seen
     ]
     findings += [
         Finding(step=found.step, action=found.action, rows=len(found.rows), detail=found.detail, cases=_twin_cases(spool, found))
@@ -499,10 +524,10 @@ def _report(work: _Work, spool: Spool, gathered: _Gathered) -> DataReport:
 
 
 def _cases(spool: Spool, cases: list[tuple[int, str]]) -> list[Case]:
-    """The cases with the place of each row, and what it says where nothing else is told."""
+    """The cases with the place of each row, and what it says where nothing else is told, personal data masked."""
     batches = spool.rows(np.array([row for row, _ in cases], np.int64))
     found = [row for _, batch in batches for row in batch.select(["id", "excerpt"]).to_pylist()]
-    return [Case(where=row["id"], text=(text or row["excerpt"] or "")[:300]) for (_, text), row in zip(cases, found, strict=True)]
+    return [Case(where=row["id"], text=(text or mask(row["excerpt"] or "")[0])[:300]) for (_, text), row in zip(cases, found, strict=True)]
 
 
 def _twin_cases(spool: Spool, found: Found) -> list[Case]:
