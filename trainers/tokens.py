@@ -63,9 +63,15 @@ class Encoder:
         self._normaliser_type = (config.get("normalizer") or {}).get("type")
         self._metaspace = _metaspace(config)
         self._byte_level = (config.get("decoder") or {}).get("type") == "ByteLevel"
-        forms = {place: json.dumps(_placed(config, place), sort_keys=True) for place in PLACES}
-        readers = {form: _Reader(form, backend) for form in set(forms.values())}
-        self._readers = {place: readers[form] for place, form in forms.items()}
+        readers: dict[str, _Reader] = {}
+        self._readers: dict[Place, _Reader] = {}
+        for place in PLACES:
+            changed = _placed(config, place)
+            form = json.dumps(changed)
+            if form not in readers:
+                same = all(config.get(key) == value for key, value in changed.items())
+                readers[form] = _Reader(tokenizer_json if same else json.dumps({**config, **changed}), backend)
+            self._readers[place] = readers[form]
         self._same_everywhere = len(readers) == 1
         self._always_literal = self._byte_level and self._same_everywhere and self._normaliser_type is None
         self._encode_short = functools.lru_cache(maxsize=4096)(self._encode)
@@ -235,19 +241,17 @@ def one_core() -> None:
 
 
 def _placed(config: dict[str, Any], place: Place) -> dict[str, Any]:
-    """The tokenizer as it reads a text at this place when that is encoded alone."""
-    if place == "start":
-        return config
-    config = json.loads(json.dumps(config))
+    """The parts of a tokenizer that make it read a text alone as it reads it at this place."""
+    parts = json.loads(json.dumps({key: config.get(key) for key in ("normalizer", "pre_tokenizer")}))
     if place == "continue":
-        normalisers = (config.get("normalizer") or {}).get("normalizers")
-        if normalisers is not None:
-            config["normalizer"]["normalizers"] = [n for n in normalisers if n["type"] != "Prepend"]
-        elif (config.get("normalizer") or {}).get("type") == "Prepend":
-            config["normalizer"] = None
-    if (metaspace := _metaspace(config)) and (place == "continue" or metaspace["prepend_scheme"] == "first"):
+        normaliser = parts["normalizer"] or {}
+        if normaliser.get("type") == "Prepend":
+            parts["normalizer"] = None
+        elif "normalizers" in normaliser:
+            normaliser["normalizers"] = [n for n in normaliser["normalizers"] if n["type"] != "Prepend"]
+    if (metaspace := _metaspace(parts)) and place != "start" and (place == "continue" or metaspace["prepend_scheme"] == "first"):
         metaspace["prepend_scheme"] = "never"
-    return config
+    return parts
 
 
 def _metaspace(config: dict[str, Any]) -> dict[str, Any] | None:
