@@ -55,10 +55,12 @@ class Client:
         return self.openai.get(path, cast_to=object)  # type: ignore[return-value]
 
     def submit(self, spec: JobSpec) -> Json:
-        """Upload the files that the spec names, each once, and create the job."""
+        """Upload the files that the spec names, each once, and create the job. URLs go as they are: the cluster reads them."""
         ids: dict[str, str] = {}
 
         def upload(path: str) -> str:
+            if "://" in path:
+                return path
             if path not in ids:
                 file = Path(path)
                 if not file.is_file():

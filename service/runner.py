@@ -251,6 +251,8 @@ class Runner:
         """The spec with stored files in place of file ids. Raises DataError naming the field of a file that is gone or empty."""
 
         def path_of(file_id: str) -> str:
+            if self.settings.grants(file_id):
+                return file_id
             file = self.store.file(job.project_id, file_id)
             path = self.settings.home / file.path if file else None
             param = "validation_file" if file_id == job.request.get("validation_file") else "training_file"

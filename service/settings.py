@@ -42,6 +42,9 @@ class Settings(BaseModel):
     """Pause before the first new attempt after a lost worker; four times longer each time after."""
     chat_wait_s: float = 60.0
     """How long a chat request waits for a model that is being loaded."""
+    data_urls: str = ""
+    """URL prefixes, separated by commas, that jobs may read data from besides uploaded files: `s3://team-data/sft/,hf://`. The cluster
+    reads them with its own credentials, so whoever may use the service may train on what lies there."""
     max_file_bytes: int = 512 * 2**20
     """Largest upload."""
     max_body_bytes: int = 16 * 2**20
@@ -69,6 +72,11 @@ class Settings(BaseModel):
     @property
     def base_url(self) -> str:
         return f"http://{self.host}:{self.port}/v1"
+
+    def grants(self, path: str) -> bool:
+        """Whether a job may read this URL."""
+        prefixes = [prefix.strip() for prefix in self.data_urls.split(",")]
+        return any("://" in prefix and path.startswith(prefix) and ".." not in path for prefix in prefixes)
 
     @property
     def key_file(self) -> Path:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.settings import Settings
 from service.store import Job, Project, Store, new_id
 from trainers import resolve
 from trainers.catalogue import Base, find
@@ -79,9 +80,9 @@ class UnknownBase(UnknownModel):
     status = 400
 
 
-def build(body: Create, store: Store, project: Project, requested_by: str) -> Job:
+def build(body: Create, settings: Settings, store: Store, project: Project, requested_by: str) -> Job:
     """The job that the request asks for, not yet stored. Raises UserError (400 or 404) naming the field at fault."""
-    spec, base = spec_of(body, store, project)
+    spec, base = spec_of(body, settings, store, project)
     suffix = body.suffix or (body.job or {}).get("name") or ""
     id = new_id("ftjob-")
     return Job(
@@ -105,7 +106,7 @@ def build(body: Create, store: Store, project: Project, requested_by: str) -> Jo
     )
 
 
-def spec_of(body: Create, store: Store, project: Project) -> tuple[JobSpec, Base]:
+def spec_of(body: Create, settings: Settings, store: Store, project: Project) -> tuple[JobSpec, Base]:
     """The request as a spec whose data paths are ids of the project's files, and its base model. Raises UserError as `build` does."""
     try:
         base = find(body.model)
@@ -114,7 +115,7 @@ def spec_of(body: Create, store: Store, project: Project) -> tuple[JobSpec, Base
     if body.method is not None and body.method.type != "supervised":
         raise UserError(f"`method.type` is `{body.method.type}`.", "Only `supervised` is possible here.", "method")
     for name in ("training_file", "validation_file"):
-        if (file_id := getattr(body, name)) is not None:
+        if (file_id := getattr(body, name)) is not None and not settings.grants(file_id):
             file = store.file(project.id, file_id)
             if file is None:
                 raise UserError(f"There is no file `{file_id}`.", "Upload it with purpose `fine-tune` first.", name)
@@ -129,7 +130,7 @@ def spec_of(body: Create, store: Store, project: Project) -> tuple[JobSpec, Base
     if spec.model.template not in TEMPLATES:
         remedy = f"The service takes one of: {', '.join(TEMPLATES)}. For a Jinja file there is `python -m trainers.local JOB.yaml`."
         raise SpecError(f"`model.template` is `{spec.model.template}`.", remedy, "job.model.template")
-    return _files_named(spec, store, project), base
+    return _files_named(spec, settings, store, project), base
 
 
 def echo_hyperparameters(spec: JobSpec, base: Base) -> dict[str, Any]:
@@ -208,14 +209,16 @@ def _put_hyperparameters(given: Hyperparameters, base: Base, place: str, put: An
         put(key, value, f"{place}.{name}")
 
 
-def _files_named(spec: JobSpec, store: Store, project: Project) -> JobSpec:
-    """The spec, each source named after its file; refuses every path that is not one of the project's file ids."""
+def _files_named(spec: JobSpec, settings: Settings, store: Store, project: Project) -> JobSpec:
+    """The spec, each source named after its file; refuses every path that is neither one of the project's file ids nor a granted URL."""
     dump = spec.model_dump(mode="json")
     validation = dump["data"]["validation"]
     for source in (*dump["data"]["train"], *(validation if isinstance(validation, list) else ()), *dump["evaluate"]["tasks"]):
+        if settings.grants(source["path"]):
+            continue
         file = store.file(project.id, source["path"])
         if file is None:
-            remedy = "Upload the file and put its id here; paths and URLs are not read over the wire."
+            remedy = "Upload the file and put its id here; of URLs, only those are read that TUNEYARD_DATA_URLS grants."
             raise SpecError(f"`{source['path']}` is not a file of this project.", remedy, "job")
         source["name"] = source["name"] or file.filename
     return JobSpec.parse(dump)

@@ -77,7 +77,7 @@ def create_job(
     body: create.Create,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> dict[str, Any]:
-    job = create.build(body, store, caller, requested_by)
+    job = create.build(body, settings, store, caller, requested_by)
     once = None
     if idempotency_key:
         digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()

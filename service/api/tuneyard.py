@@ -51,10 +51,10 @@ class PreviewRequest(Create):
 @router.post("/preview")
 def preview(settings: Config, store: Db, caller: Caller, body: PreviewRequest) -> dict[str, Any]:
     """The first examples of a job as tokens with weights. No more of the data is read than is shown."""
-    spec, base = spec_of(_named(body), store, caller)
+    spec, base = spec_of(_named(body), settings, store, caller)
 
     def path_of(file_id: str) -> str:
-        return str(settings.home / existing_file(store, caller, file_id).path)
+        return file_id if settings.grants(file_id) else str(settings.home / existing_file(store, caller, file_id).path)
 
     return look(spec.with_paths(path_of), ensure(base, settings.models), body.limit, body.skip).model_dump(mode="json")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -390,3 +391,25 @@ def test_status_says_that_the_cluster_is_away(service: Service) -> None:
     status: Any = service.client().get("/tuneyard/status", cast_to=object)
     assert status["cluster"]["answers"] is False and "does not answer" in status["cluster"]["message"]
     assert json.dumps(status).count("token") == 0
+
+
+def test_urls_are_read_where_they_are_granted_and_nowhere_else(tmp_path: Path) -> None:
+    with service_on(tmp_path, data_urls="s3://team/sft/, hf://") as service:
+        client = service.client()
+        job = create(
+            client, training_file="s3://team/sft/rows.parquet", extra_body={"job": {"data": {"validation": [{"path": "hf://org/set"}]}}}
+        )
+        assert job.training_file == "s3://team/sft/rows.parquet"
+        row = service.store.open_jobs()[0]
+        assert [row.spec["data"]["train"][0]["path"], row.spec["data"]["validation"][0]["path"]] == [
+            "s3://team/sft/rows.parquet",
+            "hf://org/set",
+        ]
+        for url in ("s3://team/other.jsonl", "s3://team/sft/../secret.jsonl", "file:///etc/passwd", "s3://team"):
+            with pytest.raises(openai.APIStatusError, match="There is no file"):
+                create(client, training_file=url)
+
+
+def test_what_is_no_url_cannot_be_granted(tmp_path: Path) -> None:
+    with service_on(tmp_path, data_urls="/, ,file-") as service, pytest.raises(openai.APIStatusError, match="There is no file"):
+        create(service.client(), training_file="/etc/passwd")
