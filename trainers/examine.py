@@ -96,7 +96,7 @@ def examine(chat: Chat, rules: Rules, chunk: Chunk) -> Iterator[pa.Table]:
     checks = RowChecks(rules.curate)
     rows = iter(read(chunk, rules.slice_by, rules.class_by))
     while True:
-        with _no_garbage_collection():
+        with no_garbage_collection():
             batch = _next_batch(rows)
             table = _to_table(examine_rows(chat, rules, batch, checks)) if batch else None
         if table is None:
@@ -105,7 +105,7 @@ def examine(chat: Chat, rules: Rules, chunk: Chunk) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """A batch makes a hundred thousand small objects and no cycles; looking for cycles among them takes a fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from trainers.batching import Order, plan
 from trainers.catalogue import find
 from trainers.chat import Chat
-from trainers.examine import Rules, examine
+from trainers.examine import Rules, examine, no_garbage_collection
 from trainers.fetch import default_models, ensure
 from trainers.proof import Claim, prove_all
 from trainers.sources import conversations, inspect
@@ -86,9 +86,10 @@ def on_one_core(model_dir: Path, files: list[Path], rounds: int) -> dict[str, An
     def make_and_prove(backend: str) -> None:
         for start in range(0, len(rows), 2048):
             batch = rows[start : start + 2048]
-            made = chats[backend].examples(batch)
-            claims = [Claim(row["id"], row, examples) for row, examples in zip(batch, made, strict=True) if isinstance(examples, list)]
-            assert len(claims) == len(batch) and not any(prove_all(chats[backend], claims, "assistant"))
+            with no_garbage_collection():  # as `examine` does
+                made = chats[backend].examples(batch)
+                claims = [Claim(row["id"], row, examples) for row, examples in zip(batch, made, strict=True) if isinstance(examples, list)]
+                assert len(claims) == len(batch) and not any(prove_all(chats[backend], claims, "assistant"))
 
     def bare_tokenizer() -> None:
         for start in range(0, len(texts), 2048):
