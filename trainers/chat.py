@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from trainers.errors import DataError, TemplateError, UserError
 from trainers.template import Ask, Blank, Skeleton, Slot, Template, builtin, builtin_names, fill, load_template
-from trainers.tokens import Backend, Encoder, Place, TokenBytes
+from trainers.tokens import Backend, Encoder, Place, TokenBytes, token_bytes, whole_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 MASK_VERSION = 2  # raise it whenever ids or weights of any conversation change: it is part of every token store's key
@@ -100,9 +99,7 @@ class Chat:
         self.template = template
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest()
         self.tokenizer_sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
-        self.tokenizer = Tokenizer.from_str(tokenizer_json)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        self.tokenizer = whole_tokenizer(tokenizer_json)
         self.encoder = Encoder(tokenizer_json, backend)
         self._template = Template(template, special)
         self._plans: dict[tuple[Shape, bool], Plan | None] = {}
@@ -265,7 +262,7 @@ class Chat:
     @functools.cached_property
     def token_bytes(self) -> TokenBytes:
         """What each id says."""
-        return TokenBytes(self._source[0])
+        return token_bytes(self._source[0])
 
     def said(self, text: str, cuts: Sequence[int] = ()) -> bytes:
         """What the ids of a rendered text must say, after the tokenizer's normaliser; `cuts` are the characters where answers begin."""

@@ -70,7 +70,7 @@ class Encoder:
             form = json.dumps(changed)
             if form not in readers:
                 same = all(config.get(key) == value for key, value in changed.items())
-                readers[form] = _Reader(tokenizer_json if same else json.dumps({**config, **changed}), backend)
+                readers[form] = _reader(tokenizer_json if same else json.dumps({**config, **changed}), backend)
             self._readers[place] = readers[form]
         self._same_everywhere = len(readers) == 1
         self._always_literal = self._byte_level and self._same_everywhere and self._normaliser_type is None
@@ -121,19 +121,36 @@ class Encoder:
         return text.encode()
 
 
+@functools.lru_cache(maxsize=16)
+def _reader(tokenizer_json: str, backend: Backend) -> _Reader:
+    """One per process: building a tokenizer takes a tenth of a second and more."""
+    return _Reader(tokenizer_json, backend)
+
+
+@functools.lru_cache(maxsize=8)
+def whole_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """The tokenizer as it is, special strings read as special. Shared: not to be changed."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class _Reader:
     """One tokenizer in one backend, as it reads a text at one place."""
 
     def __init__(self, tokenizer_json: str, backend: Backend) -> None:
-        self._reference = Tokenizer.from_str(tokenizer_json)
-        self._reference.encode_special_tokens = True
-        self._reference.no_truncation()
-        self._reference.no_padding()
         self._fast: Any = None
         if backend == "fastokens":
             import fastokens
 
             self._fast = fastokens.Tokenizer.from_json_str(_fused(tokenizer_json))
+            self._reference = _reader(tokenizer_json, "hf")._reference
+            return
+        self._reference = Tokenizer.from_str(tokenizer_json)
+        self._reference.encode_special_tokens = True
+        self._reference.no_truncation()
+        self._reference.no_padding()
 
     def encode(self, text: str) -> list[int]:
         if self._fast is not None:
@@ -211,12 +228,18 @@ class TokenBytes:
         return True
 
 
+@functools.lru_cache(maxsize=8)
+def token_bytes(tokenizer_json: str) -> TokenBytes:
+    """One per process and vocabulary."""
+    return TokenBytes(tokenizer_json)
+
+
 _LOW_BYTES = np.array([256**n - 1 for n in range(9)], np.uint64)
 
 
 def _byte_table(tokenizer_json: str) -> list[bytes]:
     config = json.loads(tokenizer_json)
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = whole_tokenizer(tokenizer_json)
     byte_level = (config.get("decoder") or {}).get("type") == "ByteLevel"
     if not byte_level and config["model"].get("type") not in ("BPE", "Unigram"):
         raise TemplateError("This kind of tokenizer cannot be proven to say what was said.", "Choose another base model.")

@@ -40,24 +40,27 @@ from trainers.spec import JobSpec, Source
 from trainers.store import TokenStore
 from trainers.tokens import one_core
 
-WORDS = ["the", "a", "of", "to", "and", "in", "is", "that", "for", "it", "with", "as", "on", "by", "this", "you", "be", "are", "from", "or"]
+WORDS = (  # common ones, about as long as in real text
+    "people history world information family government health system computer meat year thanks music person reading method data food "
+    "understanding theory law bird literature problem software control knowledge power ability economics love internet television science "
+    "library nature fact product idea temperature investment area society activity story industry media thing oven community definition "
+    "safety quality development language management player variety video week security country exam movie organization equipment physics "
+    "analysis policy series thought basis boyfriend direction strategy technology army camera freedom paper environment child instance "
+    "the a of to and in is that for it with as on by this you be are from or have an at not which can will one all more how what"
+)
 
 
 def made_up(path: Path, num_bytes: int, seed: int = 0) -> Path:
     """Rows of about Alpaca's lengths (a hundred characters of prompt, six hundred of answer), all different."""
-    draw = random.Random(seed)
+    draw, words = random.Random(seed), WORDS.split()
 
     def text(mean: float) -> str:
-        count = max(3, int(draw.lognormvariate(np.log(mean), 0.8)))
-        words = draw.choices(WORDS, k=count)
-        for i in range(0, count, 3):
-            words[i] = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9)))
-        return " ".join(words).capitalize() + "."
+        count = min(400, max(3, int(draw.lognormvariate(np.log(mean), 0.8))))
+        return " ".join(draw.choices(words, k=count)).capitalize() + f", {draw.randrange(10**6)}."
 
     with path.open("w") as file:
         while file.tell() < num_bytes:
-            for _ in range(200):
-                file.write(json.dumps({"instruction": text(18), "input": "", "output": text(90)}) + "\n")
+            file.writelines(json.dumps({"instruction": text(15), "input": "", "output": text(75)}) + "\n" for _ in range(200))
     return path
 
 
