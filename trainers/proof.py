@@ -103,19 +103,20 @@ def _quick_doubts(chat: Chat, claims: Sequence[Claim], quick: dict[int, Shape], 
 
 def _around(chat: Chat, messages: list[Message], shape: Shape, example: Example, train_on: str) -> _Wanted | None:
     """Put texts where the placeholders were; None where that may not be what the template does, or more than plain bytes."""
-    before, between = _template_bytes(chat, shape)
+    (before, _, lead), *between = _template_bytes(chat, shape)
     trained = trained_turns(messages, train_on)
     said, edges = [before], []
     at = len(before)
-    for k, (after, end) in enumerate(between):
+    for k, (after, end, next_lead) in enumerate(between):
         content = messages[k]["content"]
         if content.strip() != content or not chat.encoder.is_literal(content):
             return None
         text = content.encode()
         said += (text, after)
         if k in trained:
-            edges += (at, at + len(text) + end)
+            edges += (at - lead, at + len(text) + end)
         at += len(text) + len(after)
+        lead = next_lead
     return _Wanted(example, b"".join(said), edges)
 
 
@@ -257,13 +258,13 @@ def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -
 
     Raises DataError for a template that does more to a message than copy or strip it.
     """
-    between = _template_text(chat, tuple([m["role"] for m in messages]))
+    (before, _, lead), *between = _template_text(chat, tuple([m["role"] for m in messages]))
     answers = []
-    at = len(between[0][0])
-    if not text.startswith(between[0][0]):
+    at = len(before)
+    if not text.startswith(before):
         raise DataError(f"{where}: the chat template changes the text of message 1 ({messages[0]['role']}).", _REMEDY)
     for index, message in enumerate(messages):
-        content, (after, end) = message["content"], between[index + 1]
+        content, (after, end, next_lead) = message["content"], between[index]
         if not text.startswith(after, at + len(content)) or not text.startswith(content, at):
             content = content.strip()
             if not text.startswith(after, at + len(content)) or not text.startswith(content, at):
@@ -272,8 +273,9 @@ def locate_answers(chat: Chat, messages: list[Message], text: str, where: str) -
         if message["role"] == "assistant":
             if end < 0:
                 raise DataError(f"{where}: the chat template does not end message {index + 1} (assistant).", _REMEDY)
-            answers.append(Answer(index, start, at + end))
+            answers.append(Answer(index, start - lead, at + end))
         at += len(after)
+        lead = next_lead
     if at != len(text):
         raise DataError(f"{where}: the chat template adds text of its own after the last message.", _REMEDY)
     return answers
@@ -337,21 +339,42 @@ def _refuse_lost_characters(chat: Chat, messages: list[Message], where: str) -> 
                 )
 
 
-@functools.lru_cache(maxsize=1024)
-def _template_bytes(chat: Chat, shape: Shape) -> tuple[bytes, list[tuple[bytes, int]]]:
-    """The same as bytes: what stands before all messages, and what follows each, with how much of that ends an answer."""
-    (before, _), *between = _template_text(chat, tuple([role for role, _ in shape]))
-    return before.encode(), [(text.encode(), len(text[:end].encode()) if end >= 0 else -1) for text, end in between]
+class _Between(NamedTuple):
+    """What the template writes before all messages, or after one of them."""
+
+    text: str
+    end: int
+    """How much of it ends an answer, or -1."""
+    lead: int
+    """How much of it, at its end, is already the next answer: the space between `[/INST]` and what the model says, which it must write."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _template_text(chat: Chat, roles: tuple[str, ...]) -> list[tuple[str, int]]:
-    """What the template itself writes before, between and after messages of these roles; and how much of that ends an answer, or -1."""
+def _template_bytes(chat: Chat, shape: Shape) -> list[tuple[bytes, int, int]]:
+    """The same in bytes."""
+    return [
+        (text.encode(), len(text[:end].encode()) if end >= 0 else -1, len(text[len(text) - lead :].encode()))
+        for text, end, lead in _template_text(chat, tuple([role for role, _ in shape]))
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _template_text(chat: Chat, roles: tuple[str, ...]) -> list[_Between]:
+    """What the template itself writes before, between and after messages of these roles."""
     mark = "\ue000"
-    rendered = chat.render([{"role": role, "content": f"{mark}{i}{mark}"} for i, role in enumerate(roles)])
+    messages: list[Message] = [{"role": role, "content": f"{mark}{i}{mark}"} for i, role in enumerate(roles)]
+    turns = [k for k, role in enumerate(roles) if role == "assistant"]
+    rendered, *prompts = chat.render_all([(messages, None, False), *((messages[:k], None, True) for k in turns)])
+    if isinstance(rendered, TemplateError):
+        raise rendered
+    leads = [0] * (len(roles) + 1)
+    for k, prompt in zip(turns, prompts, strict=True):
+        lead = rendered.partition(f"{mark}{k}{mark}")[0].removeprefix(str(prompt))
+        leads[k] = 0 if lead.strip() else len(lead)  # words are not the model's to write
     parts = []
     for i in range(len(roles)):
         before, found, rendered = rendered.partition(f"{mark}{i}{mark}")
         parts.append(before if found else mark)  # a message that is left out or moved: no text will match a bare mark
-    ends = [[m.end() for m in chat.control_pattern.finditer(part) if m[0] in chat.ends] for part in [*parts, rendered]]
-    return [(part, end[0] if end else -1) for part, end in zip([*parts, rendered], ends, strict=True)]
+    parts.append(rendered)
+    ends = [[m.end() for m in chat.control_pattern.finditer(part) if m[0] in chat.ends] for part in parts]
+    return [_Between(part, end[0] if end else -1, lead) for part, end, lead in zip(parts, ends, leads, strict=True)]

@@ -11,6 +11,7 @@ import pytest
 from tests.golden.fetch import tokenizer_of
 from trainers.chat import Chat
 from trainers.errors import TemplateError
+from trainers.proof import Claim, prove_all
 from trainers.template import Ask, Template, builtin, builtin_names
 
 GOLDEN = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (Path(__file__).parents[1] / "golden").glob("*.json")}
@@ -58,6 +59,18 @@ def test_ids_are_the_published_ones(name: str) -> None:
         example = chat.examples([{"messages": wanted["messages"], "tools": wanted.get("tools")}])[0]
         assert isinstance(example, list) and example[-1].ids.tolist() == wanted["ids"], case
         assert wanted["ids"][: len(wanted["prompt_ids"])] == wanted["prompt_ids"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_is_trained_is_proven(name: str) -> None:
+    golden = GOLDEN[name]
+    chat = Chat.load(tokenizer_of(golden["tokenizer"]), name)
+    cases = [{"messages": c["messages"], "tools": c.get("tools")} for c in golden["cases"].values() if "refused" not in c]
+    made = chat.examples(cases)
+    claims = [Claim("x:1", case, examples) for case, examples in zip(cases, made, strict=True) if isinstance(examples, list)]
+    assert len(claims) == len(cases)
+    for every in (1, 128):
+        assert prove_all(chat, [*claims, *claims], "assistant", every=every) == [None] * 2 * len(claims)
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
