@@ -439,7 +439,10 @@ class Chat:
                 raise TemplateError(f"The chat template does not close message {k + 1} (assistant) with {self.end_of_turn}.", _OTHER_MODEL)
             start, end, answer = turns[k]
             if reasoning == "mask" and messages[k].get("reasoning"):
-                start += self._tokens_before(answer, reasoning_end(answer, messages[k]))
+                at = len(prefixes[k])
+                thought = self.said(text[: at + reasoning_end(answer, messages[k])], [at])
+                ends = np.cumsum(self.token_bytes.sizes[ids[start:end]])
+                start += int(np.searchsorted(ends, len(thought) - len(self.said(text[:at])), "right"))
             spans.append((max(start, 1), end))
         return Example(np.array(ids, np.int32), tuple(spans), stop)
 
@@ -480,15 +483,6 @@ class Chat:
                     pieces.append((piece, place))
                     place = "continue"
         return pieces
-
-    def _tokens_before(self, text: str, stop: int) -> int:
-        """How many of an answer's tokens lie wholly before its character `stop`."""
-        count = at = 0
-        for piece, place in self._pieces(text):
-            starts = [0] if place is None else self.encoder.starts(piece, "continue" if place == "start" else place)
-            count += sum(at + end <= stop for end in [*starts[1:], len(piece)])
-            at += len(piece)
-        return count
 
     def _plain_text(self, text: str) -> Example:
         self._refuse_control_tokens([{"role": "text", "content": text}], None)

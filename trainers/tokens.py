@@ -97,10 +97,6 @@ class Encoder:
         np.cumsum([len(ids) for ids in found], out=offsets[1:])
         return np.concatenate([np.zeros(0, np.int32), *found]), offsets
 
-    def starts(self, text: str, place: Place) -> list[int]:
-        """Where each token of `text` begins, in characters."""
-        return self._readers[place].starts(text)
-
     def is_literal(self, text: str) -> bool:
         """Whether the ids of `text` plainly say `text`: byte-level, and nothing for a normaliser to change."""
         if self._always_literal:
@@ -167,9 +163,6 @@ class _Reader:
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(ids) for ids in found], out=offsets[1:])
         return np.fromiter((i for ids in found for i in ids), np.int32, count=int(offsets[-1])), offsets
-
-    def starts(self, text: str) -> list[int]:
-        return [start for start, _ in self._reference.encode(text, add_special_tokens=False).offsets]
 
     def normalise(self, text: str) -> str:
         normaliser = self._reference.normalizer

@@ -148,3 +148,38 @@ def test_a_template_that_strips_text_passes(tiny: Path) -> None:
     good = Chat.load(tiny)
     chat = Chat(good._source[0], good._source[1], good.template.replace("message['content']", "(message['content'] | trim)"))
     prove(chat, MESSAGES, chat.example(MESSAGES), "assistant", "b:1")
+
+
+def test_the_space_that_the_template_writes_before_an_answer_is_the_models(smollm: Path) -> None:
+    """`[/INST] answer`: the prompt ends before the space."""
+    good = Chat.load(smollm)
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    chat = Chat(*good._source[:2], template)
+    conversation = {"messages": [m for m in MESSAGES if m["role"] != "system"], "tools": None}
+    made = chat.examples([conversation] * 3)
+    claims = [Claim("b:1", conversation, examples) for examples in made if isinstance(examples, list)]
+    assert prove_all(chat, claims, "assistant") == [None] * 3
+    (example,) = claims[0].examples
+    (start, stop), _ = example.spans
+    assert chat.decode(example.ids[start:stop].tolist()) == " user" and example.ids[:start].tolist() == chat.prompt(MESSAGES[1:2])
+    late = Example(example.ids, ((start + 1, stop), example.spans[1]), example.stop)
+    (verdict,) = prove_all(chat, [Claim("b:1", conversation, [late])], "assistant", every=10**9)
+    assert verdict is not None
+
+
+@pytest.mark.parametrize("answer", ["🧑\u200d🚀 up", "\u1112 x", " \n\u2581<", "plain"])
+def test_masked_reasoning_ends_where_the_answer_begins(smollm: Path, answer: str) -> None:
+    """Also where the answer's first character is written by several tokens."""
+    chat = Chat.load(smollm)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer, "reasoning": "let me 🙂 think"}]
+    conversation = {"messages": messages, "tools": None}
+    (made,) = chat.examples([conversation], reasoning="mask")
+    assert isinstance(made, list)
+    assert prove_all(chat, [Claim("b:1", conversation, made)], "assistant", "mask") == [None]
+    ((start, stop),) = made[0].spans
+    assert chat.decode(made[0].ids[start:stop].tolist()).endswith(answer.strip()) and "think" not in chat.decode(
+        made[0].ids[start:stop].tolist()
+    )
