@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from trainers import errors
 from trainers.chat import MASK_VERSION, Chat
-from trainers.curate import CURATE_VERSION, SKETCH_DTYPE, RowChecks, fingerprints
+from trainers.curate import CURATE_VERSION, SKETCH_DTYPE, RowChecks, fingerprints, sketch
 from trainers.errors import DataError, RowError
 from trainers.examine import ROWS, Diverged, Rules, examine
 from trainers.personal import mask
@@ -121,6 +121,8 @@ class _Work(NamedTuple):
     num_train: int
     tests: dict[str, np.ndarray]
     """Prompts (uint64 fingerprints) of each evaluation task, where leakage is looked for."""
+    test_sketches: dict[str, np.ndarray]
+    """Sketches of each evaluation task, where near-duplicates are looked for too."""
     recipe: dict[str, Any]
     key: str
     executor: Executor
@@ -138,9 +140,9 @@ class _Work(NamedTuple):
         why_not = parity(chat.tokenizer_json, _sample(inspected))
         if why_not is None:
             chat = chat.with_backend("fastokens")
-        tests = _test_prompts(spec)
+        tests, test_sketches = _test_rows(spec)
         recipe = _recipe(spec, chat, sources, inspected, tests)
-        return cls(spec, chat, rules, sources, inspected, len(data.train), tests, recipe, _key(recipe), executor, why_not)
+        return cls(spec, chat, rules, sources, inspected, len(data.train), tests, test_sketches, recipe, _key(recipe), executor, why_not)
 
     def with_reference(self, why: str) -> _Work:
         chat = self.chat.with_backend("hf")
@@ -169,14 +171,16 @@ def _sample(inspected: list[Inspection]) -> list[str]:
     return texts
 
 
-def _test_prompts(spec: JobSpec) -> dict[str, np.ndarray]:
-    if spec.data.curate.leakage == "off":
-        return {}
-    prompts = {}
-    for task in spec.evaluate.tasks:
-        rows = conversations(Source(path=task.path, name=task.shown))
+def _test_rows(spec: JobSpec) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(prompts, sketches) of each evaluation task; nothing where nobody asks."""
+    prompts: dict[str, np.ndarray] = {}
+    sketches: dict[str, np.ndarray] = {}
+    for task in spec.evaluate.tasks if spec.data.curate.leakage != "off" else ():
+        rows = list(conversations(Source(path=task.path, name=task.shown)))
         prompts[task.shown] = np.array([fingerprints(row)[1] for row in rows], np.uint64)
-    return prompts
+        if spec.data.curate.near_duplicates is not None:
+            sketches[task.shown] = np.stack([sketch(row) for row in rows])
+    return prompts, sketches
 
 
 def _recipe(spec: JobSpec, chat: Chat, sources: list[Source], inspected: list[Inspection], tests: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -392,6 +396,7 @@ def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
         work.spec.data.validation if isinstance(work.spec.data.validation, float) else 0.0,
         list(class_names),
         work.tests,
+        work.test_sketches,
     )
     return _Gathered(
         selection=_renumbered(selection, chosen),

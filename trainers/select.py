@@ -85,11 +85,12 @@ def select(
     validation_fraction: float,
     class_names: list[str],
     test_prompts: dict[str, NDArray[np.uint64]],
+    test_sketches: dict[str, NDArray[np.uint16]] | None = None,
 ) -> Selection:
     """Choose the rows of a job.
 
     `weights` are the training sources' shares in the mixture; `validation_fraction` of the training rows' prompts is held out (0
-    where validation has sources of its own); `test_prompts` are evaluation tasks' prompts by task name.
+    where validation has sources of its own); `test_prompts` are evaluation tasks' prompts by task name, `test_sketches` their sketches.
     Raises SpecError where balance names a class that no row has.
     """
     choice = _Choice(np.ones(len(rows.digest), bool))

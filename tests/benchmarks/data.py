@@ -1,6 +1,6 @@
 """The data plane's speed and memory, as ratios in one run.
 
-    python -m tests.benchmarks.data [--data FILE ...] [--tokenizer FOLDER] [--megabytes 100] [--rows 1000000] [--output RESULT.json]
+    python -m tests.benchmarks.data [--data FILE ...] [--tokenizer FOLDER] [--megabytes 300] [--rows 1000000] [--output RESULT.json]
 
 Measured on one core, in turns: the bare tokenizers library on the rendered texts; tokenize + mask + proof of the same conversations with
 that library and with the fast tokenizer; the whole examination (parsing, fingerprints and tables too). Then a whole prepare on Ray Data
@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="*", help="files of conversations; by default rows are made up")
     parser.add_argument("--model", type=Path, nargs="*", help="folders with a tokenizer and a template; by default SmolLM2's")
-    parser.add_argument("--megabytes", type=int, default=100, help="size of the data for Ray beside a plain loop")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of the data for Ray beside a plain loop")
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of short rows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)

@@ -336,6 +336,12 @@ def test_duplicates_conflicts_and_leakage_are_counted_with_cases(desk: Desk) -> 
     assert findings(duplicates="drop", conflicts="drop", leakage="drop")["leakage"] == ("drop", 2)
     (source, _) = desk.report().sources
     assert source.dropped == {"conflicts": 2, "duplicates": 1, "leakage": 2} and source.kept == 30 == desk.report().train.examples
+    near = " ".join(f"word{n}" for n in range(150))
+    jsonl(Path(train), [*rows(5), pair(near, "the answer")])
+    jsonl(Path(task), [pair(near + " indeed", "the answer")])
+    assert "leakage" not in findings()
+    assert findings(near_duplicates={"action": "report"}, leakage="drop")["leakage"] == ("drop", 1)
+    jsonl(Path(train), data)
     with pytest.raises(DataError, match=r"t.jsonl:31: conflicts, as in 2 rows \(like t.jsonl:32"):
         findings(conflicts="refuse")
     assert not any(path.name.startswith(".") for path in (desk.root / "stores").iterdir())
