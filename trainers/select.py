@@ -106,7 +106,7 @@ def select(
 
     validation = rows.held_out | _split(rows, choice.alive, validation_fraction)
     if curate.leakage != "off":
-        _leakage(choice, rows, validation, curate, test_prompts)
+        _leakage(choice, rows, validation, curate, test_prompts, test_sketches or {})
 
     train = np.flatnonzero(choice.alive & ~validation)
     copies = np.zeros(len(rows.digest), np.int64)
@@ -193,9 +193,14 @@ def _split(rows: Rows, alive: NDArray[np.bool_], fraction: float) -> NDArray[np.
 
 
 def _leakage(
-    choice: _Choice, rows: Rows, validation: NDArray[np.bool_], curate: Curate, test_prompts: dict[str, NDArray[np.uint64]]
+    choice: _Choice,
+    rows: Rows,
+    validation: NDArray[np.bool_],
+    curate: Curate,
+    test_prompts: dict[str, NDArray[np.uint64]],
+    test_sketches: dict[str, NDArray[np.uint16]],
 ) -> None:
-    """Training rows whose prompt is also one of validation or of an evaluation task, or that are near-duplicates of a validation row."""
+    """Training rows whose prompt is also one of validation or of an evaluation task, or that are near-duplicates of a row there."""
     train, held_out = np.flatnonzero(choice.alive & ~validation), np.flatnonzero(choice.alive & validation)
     twins: dict[int, int | str] = {}
     detail: dict[str, float] = {}
@@ -219,6 +224,10 @@ def _leakage(
         order = np.concatenate([held_out, train])
         twin = near_twins(rows.sketches, near.threshold, order, references=len(held_out))[len(held_out) :]
         add("nearly in validation", train[twin >= 0], order[twin[twin >= 0]].tolist())
+        for task, theirs in test_sketches.items():
+            both = np.concatenate([theirs, rows.sketches[train]])
+            leaking = train[near_twins(both, near.threshold, np.arange(len(both)), references=len(theirs))[len(theirs) :] >= 0]
+            add(f"nearly in {task}", leaking, [task] * len(leaking))
     at = np.array(sorted(twins), np.int64)
     choice.act("leakage", curate.leakage, at, [twins[row] for row in at[:_CASES].tolist()], detail)
 
