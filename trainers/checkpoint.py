@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,10 @@ class Progress:
     trained_tokens: int = 0
     seconds: float = 0.0
     """Time spent in steps, over all attempts."""
+    history: list[list[float]] = field(default_factory=list)
+    """trend.History of the run."""
+    losses: list[float] = field(default_factory=list)
+    """Training loss of each step since the last validation."""
 
 
 def save(

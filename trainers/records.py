@@ -81,6 +81,8 @@ class StepRecord(Record):
     """Wall time of this step."""
     valid_loss: float | None = None
     valid_accuracy: float | None = None
+    valid_slices: dict[str, dict[str, float]] = {}
+    """Where examples are sliced: slice -> {"loss", "accuracy", "supervised_tokens"} over its validation examples."""
 
 
 class Case(BaseModel):

@@ -166,9 +166,18 @@ class Optim(Part):
     """Seeds the order of examples and the adapters' first values."""
 
 
+class EarlyStopping(Part):
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Validations in a row without a better loss after which training ends; the best checkpoint is the job's model."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """How much lower, in nats per token, a loss must be to count as better."""
+
+
 class Validate(Part):
     every_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Steps between two passes over the validation examples; `auto` makes about five in a run."""
+    early_stopping: EarlyStopping | None = None
+    """End before the last epoch where validation no longer improves."""
 
 
 class CheckpointPart(Part):

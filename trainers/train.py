@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainers import batching, checkpoint, lora, model, optim
+from trainers import batching, checkpoint, lora, model, optim, trend
 from trainers.batching import Order
 from trainers.checkpoint import Progress
 from trainers.errors import UserError
@@ -90,9 +90,9 @@ def _train(
             f"{start}: {order.num_steps} steps of {order.batch_size} examples, {count:,} trainable parameters, {world.size} worker(s)."
         )
 
-    record: StepRecord | None = None
     stopping = False
-    while progress.step < order.num_steps and not stopping:
+    enough = trend.should_stop(progress.history, spec.validate_.early_stopping)
+    while progress.step < order.num_steps and not stopping and not enough:
         started = time.perf_counter()
         rate = optim.learning_rate(spec.optim, progress.step, order.num_steps)
         chosen = order.step(progress.step)
@@ -113,13 +113,19 @@ def _train(
             supervised_tokens=int(examples.supervised[chosen].sum()),
             seconds=time.perf_counter() - started,
         )
+        progress.losses.append(measured.loss)
         last = progress.step == order.num_steps
         if len(held_out) and (last or progress.step % int(spec.validate_.every_steps) == 0):
-            valid = evaluate(trainee, held_out, range(len(held_out)), spec, world)
-            record = record.model_copy(update={"valid_loss": valid.loss, "valid_accuracy": valid.accuracy})
+            valid, slices = evaluate(trainee, held_out, spec, world)
+            record = record.model_copy(update={"valid_loss": valid.loss, "valid_accuracy": valid.accuracy, "valid_slices": slices})
+            progress.history.append([progress.step, sum(progress.losses) / len(progress.losses), valid.loss])
+            progress.losses.clear()
+            enough = trend.should_stop(progress.history, spec.validate_.early_stopping)
         if log:
             log.add(record)
-        if last or stopping or progress.step % int(spec.checkpoint.every_steps) == 0:
+            if record.valid_loss is not None:
+                tell_trend(run, progress, spec, last=last, enough=enough)
+        if last or stopping or enough or progress.step % int(spec.checkpoint.every_steps) == 0:
             if log:
                 log.flush()
                 save(run, spec, trainee, parameters, optimizer, progress, record, model_dir.name)
@@ -128,7 +134,7 @@ def _train(
 
     winner = checkpoint.best(run)
     return TrainRecord(
-        status="stopped" if progress.step < order.num_steps else "finished",
+        status="finished" if enough or progress.step == order.num_steps else "stopped",
         step=progress.step,
         num_steps=order.num_steps,
         trained_tokens=progress.trained_tokens,
@@ -173,12 +179,39 @@ def train_step(
     return Measured(loss / weight, correct / weight, weight), norm, stop > 0
 
 
-def evaluate(trainee: model.Trainee, examples: TokenStore, chosen: Sequence[int], spec: JobSpec, world: World) -> Measured:
-    """Loss and accuracy over `chosen` examples, shared between the workers, without gradients."""
-    totals = torch.tensor(_forward(trainee, examples, np.asarray(chosen), spec, world, backward=False), dtype=torch.float64)
+def evaluate(trainee: model.Trainee, examples: TokenStore, spec: JobSpec, world: World) -> tuple[Measured, dict[str, dict[str, float]]]:
+    """Loss and accuracy over all examples and over each slice of them, shared between the workers, without gradients."""
+    members: dict[str | None, list[int]] = {}
+    for i in range(len(examples)):
+        members.setdefault(examples.slice(i), []).append(i)
+    names = sorted(members, key=lambda name: (name is not None, name or ""))
+    totals = torch.tensor(
+        [_forward(trainee, examples, np.array(members[name]), spec, world, backward=False) for name in names], dtype=torch.float64
+    )
     world.sum_([totals])
-    loss, correct, weight = totals.tolist()
-    return Measured(loss / weight, correct / weight, weight)
+    loss, correct, weight = totals.sum(0).tolist()
+    slices = {
+        name: {"loss": part_loss / part_weight, "accuracy": part_correct / part_weight, "supervised_tokens": part_weight}
+        for name, (part_loss, part_correct, part_weight) in zip(names, totals.tolist(), strict=True)
+        if name is not None
+    }
+    return Measured(loss / weight, correct / weight, weight), slices
+
+
+def tell_trend(run: RunDir, progress: Progress, spec: JobSpec, *, last: bool, enough: bool) -> None:
+    """Say in an event what the losses say, when it becomes true."""
+    best = min(progress.history, key=lambda entry: entry[2])
+    if trend.overfits(progress.history):
+        run.event(
+            f"Validation loss rose {trend.RISES} times in a row while training loss fell: the model begins to learn its examples by heart. "
+            f"Best so far is step {best[0]:.0f}, which is what the job will use.",
+            "warn",
+        )
+    rule = spec.validate_.early_stopping
+    if enough and not last and rule is not None:
+        run.event(f"Training ends early: {rule.patience} validations in a row were no better than step {best[0]:.0f} ({best[2]:.4f}).")
+    elif last and trend.underfits(progress.history):
+        run.event("Training and validation loss were both still falling at the end: more epochs or a higher learning rate may help.")
 
 
 def _forward(

@@ -27,13 +27,17 @@ def random_examples(rng: np.random.Generator, count: int, vocab: int = 300, long
     return out
 
 
-def make_store(folder: Path, train_examples: int = 24, validation_examples: int = 4, seed: int = 0) -> Path:
+def make_store(
+    folder: Path, train_examples: int = 24, validation_examples: int = 4, seed: int = 0, slices: tuple[str | None, ...] = (None,)
+) -> Path:
     rng = np.random.default_rng(seed)
     writer = StoreWriter(folder)
     for split, count in (("train", train_examples), ("validation", validation_examples)):
         ids, weights = zip(*random_examples(rng, count), strict=True)
         spans = [[(int(t), int(t) + 1) for t in np.flatnonzero(w)] for w in weights]
-        writer.append(split, to_table(ids, spans, [f"{split}:{i + 1}" for i in range(count)], [None] * count))
+        writer.append(
+            split, to_table(ids, spans, [f"{split}:{i + 1}" for i in range(count)], [slices[i % len(slices)] for i in range(count)])
+        )
     writer.commit("{}")
     return folder
 

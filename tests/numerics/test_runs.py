@@ -19,6 +19,7 @@ from tests.numerics import runs
 from trainers import checkpoint, merge
 from trainers.records import RunDir
 from trainers.spec import JobSpec
+from trainers.store import TokenStore
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,36 @@ def test_checkpoints_are_pruned_but_best_and_adapters_stay(tiny: Path, store: Pa
     assert record.best_step == by_loss.step
     assert kept == {record.num_steps, record.num_steps - 1, by_loss.step}
     assert len(list((tmp_path / "adapters").iterdir())) == record.num_steps
+
+
+def test_validation_is_told_by_slice_and_sums_up(tiny: Path, tmp_path: Path) -> None:
+    store = runs.make_store(tmp_path / "stores" / "k", validation_examples=7, slices=("a", "b", None))
+    runs.run_training(tiny, store, tmp_path / "run", runs.make_spec())
+    plain = runs.make_store(tmp_path / "stores" / "p", validation_examples=7)
+    runs.run_training(tiny, plain, tmp_path / "plain", runs.make_spec())
+    (mine, *_), (whole, *_) = ([s for s in RunDir(tmp_path / name).steps() if s.valid_loss is not None] for name in ("run", "plain"))
+    assert set(mine.valid_slices) == {"a", "b"} and whole.valid_slices == {}
+    held_out = TokenStore(store, "validation")
+    for name, told in mine.valid_slices.items():
+        assert told["supervised_tokens"] == sum(int(held_out.supervised[i]) for i in range(7) if held_out.slice(i) == name)
+    assert mine.valid_loss is not None and min(t["loss"] for t in mine.valid_slices.values()) > 0
+
+
+def test_training_ends_early_and_a_resumed_run_ends_where_it_would_have(tiny: Path, store: Path, tmp_path: Path) -> None:
+    rule = {"every_steps": 1, "early_stopping": {"patience": 2, "min_delta": 10.0}}  # no loss can be that much better
+    spec = runs.make_spec(validate=rule, checkpoint={"every_steps": 1})
+    record = runs.run_training(tiny, store, tmp_path / "whole", spec)
+    assert (record.status, record.step) == ("finished", 3) and record.num_steps == 10
+    messages = [e.message for _, events in RunDir(tmp_path / "whole").events() for e in events]
+    assert any(m.startswith("Training ends early: 2 validations in a row") for m in messages)
+
+    asked = itertools.count(1)
+    first = runs.run_training(tiny, store, tmp_path / "twice", spec, should_stop=lambda: next(asked) == 2)
+    assert (first.status, first.step) == ("stopped", 2)
+    for attempt in (2, 3):  # the third finds that enough was done
+        again = runs.run_training(tiny, store, tmp_path / "twice", spec, attempt=attempt)
+        assert (again.status, again.step, again.best_step) == ("finished", 3, record.best_step)
+    assert digest(final_state(tmp_path / "twice")) == digest(final_state(tmp_path / "whole"))
 
 
 def test_merged_equals_base_plus_adapter(tiny: Path, uninterrupted: Path) -> None:
