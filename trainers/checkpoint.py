@@ -39,6 +39,15 @@ class Progress:
     """trend.History of the run."""
     losses: list[float] = field(default_factory=list)
     """Training loss of each step since the last validation."""
+    norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last 50 steps that were made."""
+    skipped: int = 0
+    """Steps skipped in a row."""
+
+    @property
+    def last_loss(self) -> float:
+        """Training loss of the last step that had one, or the mean before the last validation; 0 at the start."""
+        return self.losses[-1] if self.losses else self.history[-1][1] if self.history else 0.0
 
 
 def save(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from trainers.spec import Optim
+
+NORMS_KEPT = 50
+SPIKE_STEPS = 10
+"""So many norms are needed before one can be called a spike."""
 
 
 def build(parameters: dict[str, nn.Parameter], optim: Optim) -> torch.optim.AdamW:
@@ -27,6 +32,13 @@ def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, num_steps - warmup)
     return peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optim.schedule]
+
+
+def is_bad(norm: float, before: list[float], max_spike: float | None) -> bool:
+    """Whether a gradient of this norm must not be used: not finite, or a spike beside the norms of the steps before it."""
+    if not math.isfinite(norm):
+        return True
+    return max_spike is not None and len(before) >= SPIKE_STEPS and norm > max_spike * statistics.median(before)
 
 
 def clip(gradients: Iterable[Tensor], max_norm: float) -> float:

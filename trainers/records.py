@@ -79,6 +79,9 @@ class StepRecord(Record):
     supervised_tokens: int
     seconds: float
     """Wall time of this step."""
+    skipped: bool = False
+    """Its gradient was not finite or a spike, and the parameters stayed as they were. Where the loss is not finite either, `train_loss`
+    repeats the loss before it and `grad_norm` is 0: records hold numbers only."""
     valid_loss: float | None = None
     valid_accuracy: float | None = None
     valid_slices: dict[str, dict[str, float]] = {}

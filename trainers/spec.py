@@ -162,6 +162,10 @@ class Optim(Part):
     """Decoupled weight decay per unit of learning rate."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm when they exceed it."""
+    max_spike: Annotated[float, Field(gt=1)] | None = None
+    """Skip a step whose gradient norm is more than so many times the median of the last 50; off by default."""
+    max_skipped: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Steps in a row that may be skipped (a gradient that is not finite always is) before training ends with an error."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seeds the order of examples and the adapters' first values."""
 

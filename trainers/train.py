@@ -96,7 +96,11 @@ def _train(
         started = time.perf_counter()
         rate = optim.learning_rate(spec.optim, progress.step, order.num_steps)
         chosen = order.step(progress.step)
-        measured, norm, stopping = train_step(trainee, parameters, optimizer, examples, chosen, rate, spec, world, should_stop)
+        measured, norm, stopping = train_step(
+            trainee, parameters, optimizer, examples, chosen, rate, spec, world, should_stop, progress.norms
+        )
+        skipped = optim.is_bad(norm, progress.norms, spec.optim.max_spike)
+        guard(progress, measured, norm, skipped, spec, run if leader else None)
         tokens = int(examples.lengths[chosen].sum())
         progress.step += 1
         progress.trained_tokens += tokens
@@ -105,20 +109,22 @@ def _train(
             step=progress.step,
             num_steps=order.num_steps,
             epoch=min(progress.step * order.batch_size / order.num_examples, order.epochs),
-            train_loss=measured.loss,
-            train_accuracy=measured.accuracy,
+            train_loss=measured.loss if math.isfinite(measured.loss) else progress.last_loss,
+            train_accuracy=measured.accuracy if math.isfinite(measured.accuracy) else 0.0,
             learning_rate=rate,
-            grad_norm=norm,
+            grad_norm=norm if math.isfinite(norm) else 0.0,
             tokens=tokens,
             supervised_tokens=int(examples.supervised[chosen].sum()),
             seconds=time.perf_counter() - started,
+            skipped=skipped,
         )
-        progress.losses.append(measured.loss)
+        if not skipped:
+            progress.losses.append(measured.loss)
         last = progress.step == order.num_steps
         if len(held_out) and (last or progress.step % int(spec.validate_.every_steps) == 0):
             valid, slices = evaluate(trainee, held_out, spec, world)
             record = record.model_copy(update={"valid_loss": valid.loss, "valid_accuracy": valid.accuracy, "valid_slices": slices})
-            progress.history.append([progress.step, sum(progress.losses) / len(progress.losses), valid.loss])
+            progress.history.append([progress.step, sum(progress.losses) / max(1, len(progress.losses)), valid.loss])
             progress.losses.clear()
             enough = trend.should_stop(progress.history, spec.validate_.early_stopping)
         if log:
@@ -153,8 +159,12 @@ def train_step(
     spec: JobSpec,
     world: World,
     should_stop: Callable[[], bool],
+    norms: list[float],
 ) -> tuple[Measured, float, bool]:
-    """One optimizer step on `chosen` examples: (loss before the update, gradient norm before clipping, whether to stop)."""
+    """One optimizer step on `chosen` examples: (loss before the update, gradient norm before clipping, whether to stop).
+
+    `norms` are those of the steps before; a gradient that `optim.is_bad` beside them changes nothing.
+    """
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     sums = _forward(trainee, examples, chosen, spec, world, backward=True)
@@ -167,16 +177,30 @@ def train_step(
     for gradient in gradients:
         gradient /= weight
     norm = optim.clip(gradients, spec.optim.max_grad_norm)
-    if not math.isfinite(norm):
-        raise UserError(
-            f"The gradient is not finite (loss {loss / weight:.4g}, learning rate {rate:.3g}).",
-            "Lower `optim.learning_rate`.",
-            "optim.learning_rate",
-        )
+    if optim.is_bad(norm, norms, spec.optim.max_spike):
+        return Measured(loss / weight, correct / weight, weight), norm, stop > 0
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     return Measured(loss / weight, correct / weight, weight), norm, stop > 0
+
+
+def guard(progress: Progress, measured: Measured, norm: float, skipped: bool, spec: JobSpec, run: RunDir | None) -> None:
+    """Remember the norm, or tell of a skipped step; raises UserError when too many were skipped in a row."""
+    if not skipped:
+        progress.norms = [*progress.norms[1 - optim.NORMS_KEPT :], norm]
+        progress.skipped = 0
+        return
+    progress.skipped += 1
+    what = f"the gradient's norm is {norm:.4g}" if math.isfinite(norm) else "the gradient is not finite"
+    if progress.skipped > spec.optim.max_skipped:
+        raise UserError(
+            f"Step {progress.step + 1}: {what} (loss {measured.loss:.4g}), as in the {progress.skipped - 1} steps before it.",
+            "Lower `optim.learning_rate`.",
+            "optim.learning_rate",
+        )
+    if run is not None:
+        run.event(f"Step {progress.step + 1} is skipped: {what} (loss {measured.loss:.4g}).", "warn", step=progress.step + 1)
 
 
 def evaluate(trainee: model.Trainee, examples: TokenStore, spec: JobSpec, world: World) -> tuple[Measured, dict[str, dict[str, float]]]:

@@ -57,7 +57,7 @@ def ours(spec: JobSpec, model_dir: Path, store: TokenStore, order: Order) -> tup
     optimizer = optim.build(parameters, spec.optim)
 
     def step(number: int) -> None:
-        train_step(trainee, parameters, optimizer, store, order.step(number), 1e-4, spec, World(), lambda: False)
+        train_step(trainee, parameters, optimizer, store, order.step(number), 1e-4, spec, World(), lambda: False, [])
 
     return step, trainee
 

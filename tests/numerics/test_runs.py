@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.numerics import runs
-from trainers import checkpoint, merge
+from trainers import checkpoint, merge, optim
 from trainers.records import RunDir
 from trainers.spec import JobSpec
 from trainers.store import TokenStore
@@ -181,6 +182,73 @@ def test_training_ends_early_and_a_resumed_run_ends_where_it_would_have(tiny: Pa
         again = runs.run_training(tiny, store, tmp_path / "twice", spec, attempt=attempt)
         assert (again.status, again.step, again.best_step) == ("finished", 3, record.best_step)
     assert digest(final_state(tmp_path / "twice")) == digest(final_state(tmp_path / "whole"))
+
+
+@pytest.fixture
+def poisoned(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model with a token (7) whose embedding is not a number, so that a step with it in it has no gradient."""
+    import json
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "poisoned"
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.embed_tokens.weight"][7] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return folder
+
+
+def make_tokens(folder: Path, poison: set[int]) -> Path:
+    """24 examples without token 7, but for those numbered in `poison`; no validation."""
+    import numpy as np
+
+    from trainers.store import StoreWriter, to_table
+
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(8, 300, 12).astype(np.int32) for _ in range(24)]
+    for i in poison:
+        ids[i][3] = 7
+    writer = StoreWriter(folder)
+    writer.append("train", to_table(ids, [[(5, 12)]] * 24, [f"a:{i}" for i in range(24)], [None] * 24))
+    writer.commit("{}")
+    return folder
+
+
+def test_a_step_without_a_gradient_is_skipped_and_told(poisoned: Path, tmp_path: Path) -> None:
+    store = make_tokens(tmp_path / "stores" / "one", {5})
+    record = runs.run_training(poisoned, store, tmp_path / "run", runs.make_spec())
+    assert record.status == "finished"
+    steps = RunDir(tmp_path / "run").steps()
+    skipped = [s.step for s in steps if s.skipped]
+    assert len(skipped) == 2  # the example comes once in each epoch
+    assert all(math.isfinite(s.train_loss) and math.isfinite(s.grad_norm) for s in steps)  # records are JSON
+    messages = [e.message for _, events in RunDir(tmp_path / "run").events() for e in events]
+    assert [m for m in messages if "is skipped: the gradient is not finite" in m] == [m for m in messages if "is skipped" in m]
+    assert all(torch.isfinite(t).all() for t in load_file(final_state(tmp_path / "run")).values())
+
+    asked = itertools.count(1)
+    runs.run_training(poisoned, store, tmp_path / "twice", runs.make_spec(), should_stop=lambda: next(asked) == skipped[0])
+    runs.run_training(poisoned, store, tmp_path / "twice", runs.make_spec(), attempt=2)
+    assert digest(final_state(tmp_path / "twice")) == digest(final_state(tmp_path / "run"))
+
+
+def test_too_many_steps_without_a_gradient_end_the_run(poisoned: Path, tmp_path: Path) -> None:
+    store = make_tokens(tmp_path / "stores" / "all", set(range(24)))
+    record = runs.run_training(poisoned, store, tmp_path / "run", runs.make_spec(optim={"max_skipped": 2}))
+    assert record.status == "failed" and record.error is not None
+    assert "Step 3: the gradient is not finite" in record.error["message"] and "learning_rate" in record.error["message"]
+
+
+def test_a_spike_is_skipped_where_that_is_asked_for() -> None:
+    calm = [1.0, 1.1, 0.9] * 5
+    assert not optim.is_bad(50.0, calm, None) and optim.is_bad(50.0, calm, 10.0) and not optim.is_bad(9.0, calm, 10.0)
+    assert not optim.is_bad(50.0, calm[:9], 10.0)  # too few to judge by
+    assert optim.is_bad(float("inf"), [], None) and optim.is_bad(float("nan"), calm, 10.0)
 
 
 def test_merged_equals_base_plus_adapter(tiny: Path, uninterrupted: Path) -> None:
