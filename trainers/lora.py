@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021, arXiv:2106.09685): y = x W^T + (alpha / r) (x A^T) B^T with W frozen.
+"""LoRA (Hu et al., 2021, arXiv:2106.09685): y = x W^T + s (x A^T) B^T with W frozen; s = alpha / r, or alpha / sqrt(r).
 
 A method is three functions over a model: `apply` makes it trainable, `trainable` names what the optimizer owns, `export` writes
 what was learned. Adapters are fp32 (they are their own master weights) and are cast to the activations' dtype where they are used.
@@ -27,10 +27,10 @@ from trainers.spec import Lora
 class LoraLinear(nn.Module):
     """A frozen linear layer and its adapter."""
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
+    def __init__(self, base: nn.Linear, r: int, scaling: float) -> None:
         super().__init__()
         self.base = base
-        self.scaling = alpha / r
+        self.scaling = scaling
         exact = torch.promote_types(base.weight.dtype, torch.float32)  # at least fp32
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=exact, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=exact, device=base.weight.device))
@@ -60,11 +60,16 @@ class _LoraMatmul(torch.autograd.Function):
         return grad_x, None, None, grad_low_TR.T @ x_TI, grad_TO.T @ low_TR
 
 
+def scaling(r: int, alpha: float, rslora: bool) -> float:
+    """What the adapter's output is multiplied by."""
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
 def apply(model: PreTrainedModel, method: Lora, seed: int) -> PreTrainedModel:
     """Freeze `model` and put an adapter on every target layer; returns the model, changed in place."""
     model.requires_grad_(False)
     for name, linear in _targets(model, method):
-        adapter = LoraLinear(linear, method.r, method.alpha)
+        adapter = LoraLinear(linear, method.r, scaling(method.r, method.alpha, method.rslora))
         with torch.no_grad():
             adapter.lora_A.copy_(_initial_a(name, adapter.lora_A.shape, seed))
         parent, _, child = name.rpartition(".")
@@ -93,6 +98,7 @@ def export(model: nn.Module, method: Lora, base: str, folder: Path) -> None:
         "inference_mode": True,
         "r": method.r,
         "lora_alpha": method.alpha,
+        "use_rslora": method.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({name.split(".")[-3] for name in tensors}),

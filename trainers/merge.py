@@ -1,4 +1,4 @@
-"""Fold an adapter into its base, one shard of the base at a time: W + (alpha / r) B A, written as a Hugging Face folder.
+"""Fold an adapter into its base, one shard of the base at a time: W + s B A, written as a Hugging Face folder.
 
 Peak memory is one shard and one fp32 copy of its largest matrix. The result is checked before it exists: its logits must agree
 with base + adapter on real prompts.
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainers import checkpoint, model
+from trainers import checkpoint, lora, model
 from trainers.chat import Chat
 from trainers.errors import ModelError
 from trainers.records import TEMPLATE_FILE, ModelRecord, RunDir, sync_folder
@@ -97,7 +97,7 @@ def read_adapter(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(adapter / "adapter_model.safetensors")
     names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
-    scaling = config["lora_alpha"] / config["r"]
+    scaling = lora.scaling(config["r"], config["lora_alpha"], config.get("use_rslora", False))
     return {
         f"{name.removeprefix('base_model.model.')}.weight": (
             tensors[f"{name}.lora_A.weight"].float(),

@@ -139,6 +139,8 @@ class Lora(Part):
     """Rank of each adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The adapter's output is scaled by alpha / r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead, so that a higher rank does not learn more slowly (Kalajdzievski, 2023)."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers get an adapter: all but the head, or layer names such as `q_proj`."""
 

@@ -262,6 +262,29 @@ def test_merged_equals_base_plus_adapter(tiny: Path, uninterrupted: Path) -> Non
     assert merge.merge(run, "tiny", tiny, step=10, prompts=[]) == record  # done is done
 
 
+def test_a_rank_stabilised_adapter_is_what_peft_makes_of_it(tiny: Path, store: Path, tmp_path: Path) -> None:
+    """Training, export and merge agree on the scale: PEFT's own layers are the reference."""
+    from peft import PeftModel
+
+    from trainers import lora, model
+    from trainers.spec import Lora
+
+    runs.run_training(tiny, store, tmp_path, runs.make_spec(method={"rslora": True}))
+    run = RunDir(tmp_path, 1, "driver")
+    record = merge.merge(run, "tiny", tiny, step=10, prompts=[[5, 6, 7, 8], [9, 10]])
+    assert record.kl is not None and record.effect is not None and record.kl < 1e-6 and record.effect > 1e-3
+    peer = PeftModel.from_pretrained(model.load(tiny, torch.float32, attn="sdpa"), run.path("adapters", "step-000010"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    mine = lora.apply(model.load(tiny, torch.float32, attn="sdpa"), Lora(r=4, alpha=8, rslora=True), 0)
+    saved = load_file(run.path("adapters", "step-000010", "adapter_model.safetensors"))
+    with torch.no_grad():
+        for name, module in mine.named_modules():
+            if isinstance(module, lora.LoraLinear):
+                module.lora_A.copy_(saved[f"base_model.model.{name}.lora_A.weight"])
+                module.lora_B.copy_(saved[f"base_model.model.{name}.lora_B.weight"])
+        assert torch.allclose(mine(ids).logits, peer(ids).logits, atol=1e-5)
+
+
 def test_a_wrong_merge_is_refused(tiny: Path, uninterrupted: Path, tmp_path: Path) -> None:
     from trainers.errors import ModelError
 
