@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainers import checkpoint, lora, model
+from trainers.card import card
 from trainers.chat import Chat
 from trainers.errors import ModelError
 from trainers.records import TEMPLATE_FILE, ModelRecord, RunDir, sync_folder
@@ -156,21 +157,3 @@ def probes(chat: Chat) -> list[list[int]]:
     """A few prompts to compare models on."""
     questions = ("Say hello.", "What is 12 + 30?", "List three colours as JSON.", "Write one sentence about the sea.")
     return [chat.prompt([{"role": "user", "content": question}]) for question in questions]
-
-
-def card(run: RunDir, base: str, step: int) -> str:
-    """A short model card: what it was made from and how it did."""
-    steps = run.steps()
-    valid = next((s.valid_loss for s in reversed(steps) if s.step == step), None)
-    lines = [
-        "---",
-        f"base_model: {base}",
-        "tags: [lora, merged, tuneyard]",
-        "---",
-        f"# {run.root.name}",
-        "",
-        f"Base `{base}` with a LoRA adapter of step {step} merged in.",
-    ]
-    if valid is not None:
-        lines.append(f"Validation loss {valid:.4f} nats per supervised token.")
-    return "\n".join([*lines, "", "The job's spec, data report, metrics and evaluation lie beside this folder."]) + "\n"
