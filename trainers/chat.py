@@ -44,6 +44,9 @@ _PLAIN = frozenset({"role", "content", "weight"})
 Shape = tuple[tuple[str, bool], ...]
 """Role of each message, and whether it is empty."""
 
+_MOST_PLANNED = 64  # messages: a plan is made of the skeletons before every answer, which pays where its shape comes again
+_MOST_RENDERED = 2**28  # characters of what stands before every answer of one conversation, which all are in memory at once
+
 _OTHER_MODEL = "Choose another base model or another `model.template`."
 
 
@@ -102,6 +105,7 @@ class Chat:
         self.tokenizer = whole_tokenizer(tokenizer_json)
         self.encoder = Encoder(tokenizer_json, backend)
         self._template = Template(template, special)
+        self._skeleton = functools.lru_cache(maxsize=4096)(self._template.skeleton)  # plans of one beginning share it
         self._plans: dict[tuple[Shape, bool], Plan | None] = {}
         self._prefixed: dict[Shape, bool] = {}
 
@@ -173,6 +177,7 @@ class Chat:
                 pieces += [self.encoder.encode(text, place), fixed.tolist()]
             return [i for piece in pieces for i in piece]
         self._refuse_control_tokens(messages, tools)
+        _refuse_endless(messages, tools)
         turns = _turns(messages)
         text, *prefixes = self._renders([(len(messages), True), *((k, True) for k in turns)], messages, tools)
         return self._cut(text, dict(zip(turns, prefixes, strict=True)))[0]
@@ -217,6 +222,7 @@ class Chat:
                 plan = self._plan(slots, False) if slots else None
                 if plan is None:
                     self._refuse_control_tokens(messages, tools)
+                    _refuse_endless(messages, tools)
                     slow.append(i)
                 else:
                     texts = self._fill(plan, messages)
@@ -239,7 +245,7 @@ class Chat:
 
     def render_all(self, asked: list[tuple[list[Message], str | None, bool]]) -> list[str | TemplateError]:
         """The template's text of many conversations: (messages, tools, whether to ask for an answer)."""
-        return self._template.render([Ask(self._wire(messages), _parsed(tools) if tools else None, gen) for messages, tools, gen in asked])
+        return self._template.render(Ask(self._wire(messages), _parsed(tools) if tools else None, gen) for messages, tools, gen in asked)
 
     # -- what the proof asks -----------------------------------------------------------------------------------------
 
@@ -251,6 +257,8 @@ class Chat:
     def prompts_are_prefixes(self, shape: Shape) -> bool:
         """Whether every prompt of this shape is made of the very pieces that stand before the answer in training."""
         if shape not in self._prefixed:
+            if len(self._prefixed) >= 4096:
+                self._prefixed.clear()
             plan = self._plan(shape, False)
             prompts = [self._plan(shape[:k], True) for k, (role, _) in enumerate(shape) if role == "assistant"]
             self._prefixed[shape] = plan is not None and all(
@@ -297,13 +305,13 @@ class Chat:
 
     def _make_plan(self, slots: tuple[Slot, ...], generation_prompt: bool) -> Plan | None:
         """Cut the skeleton where answers begin and end; None where that cannot be said for every text of this shape."""
-        whole = self._template.skeleton(slots, generation_prompt)
+        whole = self._skeleton(slots, generation_prompt)
         if whole is None:
             return None
         starts: dict[int, tuple[int, int]] = {}  # assistant message -> (part, offset in it) where its turn begins
         for k, slot in enumerate(slots):
             if slot.role == "assistant":
-                prefix = self._template.skeleton(slots[:k], True)
+                prefix = self._skeleton(slots[:k], True)
                 at = _follow(prefix, whole) if prefix is not None else None
                 if at is None:
                     return None
@@ -578,9 +586,27 @@ def _turns(messages: list[Message]) -> list[int]:
     return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
 
 
+def volume(messages: list[Message], tools: str | None) -> int:
+    """Characters that are rendered, about, to find out what stands before every answer of a conversation."""
+    chars = len(tools or "")
+    for message in messages:
+        chars += 50 + len(message["content"]) + len(message.get("reasoning", ""))
+        chars += sum(len(call["arguments"]) for call in message.get("tool_calls", ()))
+    return chars * (1 + len(_turns(messages)))
+
+
+def _refuse_endless(messages: list[Message], tools: str | None) -> None:
+    if volume(messages, tools) > _MOST_RENDERED:
+        raise DataError(
+            f"The conversation has {len(_turns(messages)):,} answers, too many to render what stands before each of them.",
+            "Split it into shorter conversations.",
+            "messages",
+        )
+
+
 def _shape(messages: list[Message], tools: str | None) -> Shape | None:
-    """What a plan may depend on; None for a conversation with more than texts in it, or with a text of nothing but white space."""
-    if tools:
+    """What a plan may depend on; None for a conversation with more than texts in it, a text of nothing but white space, or many turns."""
+    if tools or len(messages) > _MOST_PLANNED:
         return None
     for message in messages:
         if (len(message) > 2 and not _PLAIN.issuperset(message)) or message["content"].isspace():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.chat import Chat, Example, trained_turns
+from trainers.chat import Chat, Example, trained_turns, volume
 from trainers.curate import Note, RowChecks, fingerprints, sketch
 from trainers.errors import DataError, RowError, UserError
 from trainers.overlength import split_turns, truncate_prompt
@@ -27,7 +27,7 @@ from trainers.store import SCHEMA, to_table
 
 TOO_LONG = "longer than max_length"
 _BATCH_ROWS = 2048
-_BATCH_CHARS = 8 * 2**20
+_BATCH_CHARS = 64 * 2**20  # rendered, where all of a batch has to be
 
 _EXAMPLE = pa.struct([SCHEMA.field(name) for name in ("input_ids", "run_weights", "run_lengths", "length", "supervised")])
 ROWS = pa.schema(
@@ -122,8 +122,7 @@ def _next_batch(rows: Iterator[Conversation | RowError]) -> list[Conversation | 
     for row in islice(rows, _BATCH_ROWS):
         batch.append(row)
         if not isinstance(row, RowError):
-            for message in row["messages"]:
-                chars += len(message["content"])
+            chars += volume(row["messages"], row["tools"])
         if chars > _BATCH_CHARS:
             break
     return batch

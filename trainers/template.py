@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ class Template:
     def __reduce__(self) -> tuple[Any, ...]:
         return Template, (self.source, self.special)
 
-    def render(self, asks: Sequence[Ask]) -> list[str | TemplateError]:
+    def render(self, asks: Iterable[Ask]) -> list[str | TemplateError]:
         """The text of each conversation; a TemplateError in the place of one that the template refuses or cannot render in its limits."""
         packed = [_pack(ask) for ask in asks]
         answers = iter(_ask("render", self.source, self.special, [p for p in packed if isinstance(p, bytes)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,15 @@ def test_a_folder_without_tokenizer_or_template_is_refused(tmp_path: Path, tiny:
 def test_data_workers_load_neither_torch_nor_transformers() -> None:
     code = "import sys, trainers.prepare; sys.exit(bool({'torch', 'transformers', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_conversation_of_many_turns_takes_seconds_and_one_of_endless_turns_is_refused(chat: Chat) -> None:
+    turn: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    begun = time.process_time()
+    prove(chat, turn * 50, chat.example(turn * 50), "assistant", "x:1")  # beyond what is planned
+    prove(chat, turn * 30, chat.example(turn * 30), "assistant", "x:1")
+    assert time.process_time() - begun < 5
+    with pytest.raises(DataError, match="50,000 answers, too many"):
+        chat.example(turn * 50_000)
+    with pytest.raises(DataError, match="too many"):
+        chat.prompt(turn * 50_000)
