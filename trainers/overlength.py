@@ -16,7 +16,7 @@ Measure = Callable[[Conversation], int]
 
 
 def truncate_prompt(conversation: Conversation, max_length: int, measure: Measure) -> Conversation | None:
-    """The same last answer after less: the oldest turns go first, then text from the front of the first message that is left.
+    """The same last answer after less: the oldest turns go first, then text from the front of the first question that is left.
 
     System messages stay. None where the answer does not fit with one character of a prompt.
     """
@@ -29,12 +29,15 @@ def truncate_prompt(conversation: Conversation, max_length: int, measure: Measur
     if first is not None:
         return keep(first)
     last = turns[-1]
-    text = last[0]["content"]
+    asked = next(i for i, message in enumerate(last) if message["role"] != "system")
+    if last[asked]["role"] == "assistant":
+        return None
+    text = last[asked]["content"]
 
     def keep_text(cut: int) -> Conversation:
-        return {**conversation, "messages": [*head, {**last[0], "content": text[cut:]}, *last[1:]]}
+        return {**conversation, "messages": [*head, *last[:asked], {**last[asked], "content": text[cut:]}, *last[asked + 1 :]]}
 
-    cut = _smallest(0, len(text) - 1, lambda n: measure(keep_text(n)) <= max_length) if len(last) > 1 else None
+    cut = _smallest(0, len(text) - 1, lambda n: measure(keep_text(n)) <= max_length)
     return None if cut is None else keep_text(cut)
 
 

@@ -173,6 +173,17 @@ def test_a_prompt_loses_turns_then_text_and_never_the_answer(chatml: Chat) -> No
     assert shortest.parts is not None and len(shortest.parts[0]["messages"]) == 3  # system, what is left of the question, the answer
 
 
+def test_neither_an_answer_that_comes_first_nor_a_system_message_is_cut(chatml: Chat) -> None:
+    greeting = {"role": "assistant", "content": "welcome " * 50}
+    row = one(chatml, conversation([greeting, {"role": "assistant", "content": "yes"}]), max_length=64, overlength="truncate_prompt")
+    assert row.dropped == "an answer alone is longer than max_length"
+    late = [*long(1), {"role": "system", "content": "be brief"}, {"role": "user", "content": "word " * 80}, greeting | {"content": "yes"}]
+    row = one(chatml, conversation(late), max_length=128, overlength="truncate_prompt")
+    assert row.parts
+    head, system, asked, answer = [message["content"] for message in row.parts[0]["messages"]]
+    assert (head, system, answer) == ("Be kind.", "be brief", "yes") and 0 < len(asked) < 400
+
+
 def test_turns_are_spread_and_each_is_trained_once(chatml: Chat) -> None:
     messages = long(7)
     row = one(chatml, conversation(messages), max_length=300, overlength="split_turns")
