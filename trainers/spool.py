@@ -125,6 +125,7 @@ def _locked(folder: Path) -> Iterator[None]:
             except FileNotFoundError:
                 ours = False
             if ours:
+                os.utime(folder)  # parts of a day ago are not stale: we go on from them
                 yield
                 return
 

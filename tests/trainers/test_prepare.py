@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from trainers.examine import TOO_LONG
 from trainers.prepare import prepare, survey
 from trainers.records import DataReport, PrepareRecord, RunDir
 from trainers.spec import JobSpec
-from trainers.store import TokenStore, is_store
+from trainers.spool import Spool
+from trainers.store import StoreWriter, TokenStore, is_store
 
 
 def rows(num: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -345,6 +347,15 @@ def test_duplicates_conflicts_and_leakage_are_counted_with_cases(desk: Desk) -> 
     with pytest.raises(DataError, match=r"t.jsonl:31: conflicts, as in 2 rows \(like t.jsonl:32"):
         findings(conflicts="refuse")
     assert not any(path.name.startswith(".") for path in (desk.root / "stores").iterdir())
+
+
+def test_parts_of_days_ago_are_not_swept_away_while_we_go_on_from_them(tmp_path: Path) -> None:
+    folder = tmp_path / ".key.parts.tmp"
+    for _ in range(2):
+        with Spool.open(folder, []):
+            StoreWriter(tmp_path / "key").abandon()  # it removes what lies about for a day
+            assert folder.exists()
+        os.utime(folder, (0, 0))
 
 
 def test_a_killed_prepare_goes_on_from_its_parts(desk: Desk) -> None:
