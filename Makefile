@@ -45,6 +45,8 @@ check: lint types test
 
 bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.train
+	@$(BIN)/python -m tests.benchmarks.data
+	@$(BIN)/python -m tests.benchmarks.curate
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
