@@ -389,7 +389,7 @@ def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
             digest=digest[chosen],
             prompt=prompt[chosen],
             cls=classes[chosen],
-            sketches=_sketch_matrix(sketches, chosen) if sketches else None,
+            sketches=_sketch_matrix(sketches, chosen) if sketches and len(chosen) else None,
         ),
         work.rules.curate,
         [source.weight for source in work.sources[: work.num_train]],

@@ -349,6 +349,13 @@ def test_duplicates_conflicts_and_leakage_are_counted_with_cases(desk: Desk) -> 
     assert not any(path.name.startswith(".") for path in (desk.root / "stores").iterdir())
 
 
+def test_data_without_a_usable_row_is_reported_also_where_near_duplicates_are_sought(desk: Desk, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "bad.jsonl", [{"messages": [{"role": "user", "content": "only a question"}]}] * 3)
+    spec = JobSpec.parse({"data": {"train": [{"path": path}], "curate": {"near_duplicates": {}}}})
+    report = survey(spec, desk.model, tmp_path / "scratch")
+    assert report.sources[0].read == 3 == sum(report.sources[0].dropped.values()) and report.train.examples == 0
+
+
 def test_parts_of_days_ago_are_not_swept_away_while_we_go_on_from_them(tmp_path: Path) -> None:
     folder = tmp_path / ".key.parts.tmp"
     for _ in range(2):
