@@ -9,6 +9,7 @@ columns; the rest stays on disk and is read again when the store is written, so 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from trainers.errors import Unavailable
 from trainers.examine import ROWS
 from trainers.records import write_atomic
 from trainers.sources import Chunk
@@ -42,7 +44,7 @@ class Spool:
     def open(cls, folder: Path, chunks: list[Chunk]) -> Iterator[Spool]:
         """The spool in this folder, ours alone until the context ends; parts of another plan are removed first."""
         plan = hashlib.sha256(json.dumps([asdict(chunk) for chunk in chunks], sort_keys=True).encode()).hexdigest()
-        with _locked(folder):  # a second job on the same data waits here, and then finds the store
+        with _unwritable_named(folder.parent), _locked(folder):  # a second job on the same data waits here, and then finds the store
             if not (folder / "plan.json").exists() or json.loads((folder / "plan.json").read_bytes()) != plan:
                 for path in folder.glob("*.arrow*"):
                     path.unlink()
@@ -107,6 +109,19 @@ class Spool:
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:06d}.arrow"
+
+
+@contextmanager
+def _unwritable_named(folder: Path) -> Iterator[None]:
+    """A disk that is full or read-only is nobody's bug."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise Unavailable(
+            f"{folder} cannot be written: {os.strerror(error.errno)}.", "Make room there, or choose another folder."
+        ) from error
 
 
 @contextmanager

@@ -33,6 +33,7 @@ SOURCE_BYTES = 1 << 20
 _SILENCE_S = 60.0  # no answer for so long: the child does not compute (that is limited by CPU time), it hangs
 _CHUNK_BYTES, _CHUNK_ASKS = 1 << 20, 256  # asks sent at once; the child reads them all before it answers, so no pipe can jam
 _DEATHS = 3  # a template that broke its limits so often in one call is not asked again in that call
+_KILLED = "was stopped from outside again and again"  # by a machine short of memory, say: no template can do that to its process
 OUT_OF_MEMORY = 77
 """Exit code of a child that reached its memory limit."""
 
@@ -256,7 +257,7 @@ class _Child:
             return f"takes more than {CPU_S:.0f} s of CPU time"
         if code == OUT_OF_MEMORY:
             return f"needs more than {MEMORY_BYTES >> 20} MiB of memory"
-        return f"ends the process that it runs in (code {code})"
+        return _KILLED if code == -signal.SIGKILL else f"ends the process that it runs in (code {code})"
 
 
 _child: _Child | None = None
@@ -283,8 +284,9 @@ def _ask(what: str, source: str, special: dict[str, str], items: list[bytes]) ->
                     answers.append(_child.answer())  # noqa: PERF401  those that came before a death count
             except _Died as death:
                 _child = None
-                answers.append(_Failed(str(death)))
                 deaths += 1
+                if str(death) != _KILLED or deaths == _DEATHS:
+                    answers.append(_Failed(str(death)))
             except BaseException:  # an interrupt between request and answer: the next answer would be read as another's
                 _child.stop()
                 _child = None

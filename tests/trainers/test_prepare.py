@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from trainers.chat import Chat
-from trainers.errors import DataError, Fenced, TemplateError
+from trainers.errors import DataError, Fenced, TemplateError, Unavailable
 from trainers.examine import TOO_LONG
 from trainers.prepare import prepare, survey
 from trainers.records import DataReport, PrepareRecord, RunDir
@@ -354,6 +354,11 @@ def test_data_without_a_usable_row_is_reported_also_where_near_duplicates_are_so
     spec = JobSpec.parse({"data": {"train": [{"path": path}], "curate": {"near_duplicates": {}}}})
     report = survey(spec, desk.model, tmp_path / "scratch")
     assert report.sources[0].read == 3 == sum(report.sources[0].dropped.values()) and report.train.examples == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"cannot be written: No space left on device"), Spool.open(tmp_path / "parts", []):
+        Path("/dev/full").write_bytes(b"x")
 
 
 def test_parts_of_days_ago_are_not_swept_away_while_we_go_on_from_them(tmp_path: Path) -> None:

@@ -209,6 +209,15 @@ def test_hostile_conversations_do_not_harm_the_others() -> None:
     assert all("the rest were not rendered" in a for a in answers[6:])
 
 
+def test_a_child_killed_in_the_middle_is_no_conversations_fault() -> None:
+    template = Template("{% for i in range(90000) %}{% endfor %}{{ messages[0].content }}", {})
+    assert module._child
+    killer = threading.Timer(0.02, module._child.process.kill)
+    killer.start()
+    assert template.render([Ask(CHAT, None, False)] * 20) == [CHAT[0]["content"]] * 20
+    killer.join()
+
+
 def test_the_child_can_neither_open_files_nor_sockets_nor_see_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEYARD_TEST_SECRET", "x")
     child = module._Child()
