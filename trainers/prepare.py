@@ -103,7 +103,7 @@ def survey(
         try:
             with Spool.open(scratch / work.key, work.chunks) as spool:
                 _examine_missing(work, spool, on_progress, tolerant=True)
-                gathered = _gather(work, spool, tolerant=True)
+                gathered = _gather(work, spool)
                 return _report(work, spool, gathered)
         except Diverged as error:
             work = work.with_reference(error.message)
@@ -243,7 +243,7 @@ def _build(work: _Work, folder: Path, run: RunDir) -> None:
             return
         try:
             _examine_missing(work, spool, progress, tolerant=False)
-            gathered = _gather(work, spool, tolerant=False)
+            gathered = _gather(work, spool)
             _check(work, spool, gathered)
             writer = StoreWriter(folder)
             try:
@@ -315,8 +315,6 @@ class _Gathered(NamedTuple):
     selection: Selection
     source: np.ndarray
     """int32 [N]: source of each examined row."""
-    kept_before: np.ndarray
-    """bool [N]: rows that made examples."""
     dropped: dict[str, np.ndarray]
     """Reason -> rows left out on their own account."""
     seen: list[_Seen]
@@ -331,7 +329,7 @@ class _Gathered(NamedTuple):
     slice_names: list[str]
 
 
-def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
+def _gather(work: _Work, spool: Spool) -> _Gathered:
     """Read the few columns that decide, and choose."""
     num_rows = spool.count()
     source = np.zeros(num_rows, np.int32)
@@ -401,7 +399,6 @@ def _gather(work: _Work, spool: Spool, tolerant: bool) -> _Gathered:
     return _Gathered(
         selection=_renumbered(selection, chosen),
         source=source,
-        kept_before=alive,
         dropped={reason: np.array(rows, np.int64) for reason, rows in dropped.items()},
         seen=list(seen.values()),
         num_examples=num_examples,
@@ -484,7 +481,6 @@ def _check(work: _Work, spool: Spool, gathered: _Gathered) -> None:
 def _report(work: _Work, spool: Spool, gathered: _Gathered) -> DataReport:
     selection = gathered.selection
     read_of = np.bincount(gathered.source, minlength=len(work.sources))
-    made = Counter(gathered.source[selection.train].tolist()) + Counter(gathered.source[selection.validation].tolist())
     examples_of = np.zeros(len(work.sources), np.int64)
     for rows in (selection.train, selection.validation):
         np.add.at(examples_of, gathered.source[rows], gathered.num_examples[rows])
@@ -505,7 +501,7 @@ def _report(work: _Work, spool: Spool, gathered: _Gathered) -> DataReport:
                 read=int(read_of[i]),
                 kept=int(read_of[i]) - sum(reasons.values()),
                 dropped=reasons,
-                examples=int(examples_of[i]) if made else 0,
+                examples=int(examples_of[i]),
             )
         )
     findings = [
