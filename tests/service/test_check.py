@@ -258,7 +258,8 @@ def test_speed_is_what_the_newest_run_on_the_same_base_measured(tmp_path: Path) 
         write_atomic(run.path("resolved.json"), JobSpec.parse({"model": {"base": base}, "data": {"train": [{"path": "a"}]}}).to_json())
         os.utime(run.path("resolved.json"), (n, n))
         numbers = {"epoch": 1, "train_loss": 1, "train_accuracy": 1, "learning_rate": 1, "grad_norm": 1, "supervised_tokens": 9}
-        run.append("metrics", [StepRecord(step=1, num_steps=1, tokens=200, seconds=seconds, **numbers)])
+        record = {"step": 1, "num_steps": 1, "tokens": 200, "seconds": seconds, **numbers}
+        run.append("metrics", [StepRecord.model_validate(record)])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "resolved.json").write_text("{")
     assert datajob.measured_speed(tmp_path, "smollm2-135m-instruct") == (400.0, "run1")

@@ -25,7 +25,7 @@ MESSAGES: list[Message] = [
 ]
 
 
-def masked(ids: Sequence[int], weights: Sequence[float], stop: int) -> Example:
+def masked(ids: Sequence[int] | np.ndarray, weights: Sequence[float], stop: int) -> Example:
     """An example with these weights."""
     spans = []
     for t, weight in enumerate(weights):
