@@ -465,7 +465,7 @@ def _check(work: _Work, spool: Spool, gathered: _Gathered) -> None:
     names = ", ".join(source.name for source in work.inspected[: work.num_train])
     if not len(gathered.selection.train):
         reasons = {**gathered.dropped, **gathered.selection.dropped}
-        why = "; ".join(f"{len(rows):,} {reason}" for reason, rows in reasons.items())
+        why = "; ".join(f"{len(rows):,} {reason}" for reason, rows in reasons.items()) or "the weights leave none"
         raise DataError(f"{names}: no example is left to train on ({why}).", "Loosen the limits named, or add examples.", "training_file")
     if work.rules.slice_by and not gathered.slice_names:
         raise DataError(
