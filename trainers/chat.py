@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainers.errors import DataError, TemplateError, UserError
-from trainers.template import Ask, Blank, Skeleton, Slot, Template, builtin, builtin_names, fill, load_template
+from trainers.template import Ask, Blank, Skeleton, Slot, Template, builtin, builtin_names, load_template
 from trainers.tokens import Backend, Encoder, Place, TokenBytes, token_bytes, whole_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -371,8 +371,14 @@ class Chat:
 
     @staticmethod
     def _fill(plan: Plan, messages: list[Message]) -> list[str]:
-        contents = [message["content"] for message in messages]
-        return [fill(text, contents) for text in plan.texts]
+        filled = []
+        for text in plan.texts:
+            parts = [
+                part if isinstance(part, str) else messages[part[0]]["content"].strip() if part[1] else messages[part[0]]["content"]
+                for part in text
+            ]
+            filled.append(parts[0] if len(parts) == 1 else "".join(parts))
+        return filled
 
     def _assemble(self, planned: list[tuple[int, Plan, list[str], list[int], int]], made: list[list[Example] | UserError | None]) -> None:
         """Encode all texts at once and put ids and spans together."""

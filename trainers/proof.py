@@ -42,7 +42,7 @@ class Claim(NamedTuple):
     examples: Sequence[Example]
 
 
-def prove_all(chat: Chat, claims: Sequence[Claim], train_on: str, reasoning: str = "train", every: int = 128) -> list[UserError | None]:
+def prove_all(chat: Chat, claims: Sequence[Claim], train_on: str, reasoning: str = "train", every: int = 256) -> list[UserError | None]:
     """Why each claim does not hold: a DataError or TemplateError naming file, line, turn and token; None where it does.
 
     Statements 1 and 2 are proven of every claim. The third follows, for conversations of texts, from how their plan is made and from

@@ -158,7 +158,11 @@ def test_ctrl_c_while_reading_leaves_at_once_and_quietly(tmp_path: Path, smollm:
     }
     terminal, inner = pty.openpty()
     command = [sys.executable, "-m", "service.cli", "check", "big.jsonl"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=inner, env=env) as process:
+
+    def listen() -> None:  # a test run in the background ignores Ctrl-C, and its children would too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=inner, env=env, preexec_fn=listen) as process:
         os.close(inner)
         seen = b""
         deadline = time.monotonic() + 60
