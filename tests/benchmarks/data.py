@@ -167,15 +167,18 @@ class Memory:
             time.sleep(1)
 
 
-def run_prepare(folder: Path, model_dir: Path, data: Path, executor: str, cpus: int) -> tuple[float, float, Path]:
-    """(seconds, peak heap of driver and workers in MB, store) of a whole prepare in a process of its own; Ray's daemons are not counted."""
+def run_prepare(folder: Path, model_dir: Path, data: Path, executor: str, cpus: int, watch: bool = False) -> tuple[float, float, Path]:
+    """(seconds, peak heap of driver and workers in MB, store) of a whole prepare in a process of its own; Ray's daemons are not counted.
+
+    The heap is 0 unless one is to `watch` it, which itself takes a good part of a core.
+    """
     folder.mkdir(parents=True)
     process = psutil.Popen(
         [sys.executable, "-c", _PREPARE, str(folder), str(model_dir), str(data), executor, str(cpus)], stdout=subprocess.PIPE, text=True
     )
-    memory = Memory(process, skip=("gcs_server", "raylet", "dashboard", "monitor", "runtime_env"))
+    memory = Memory(process, skip=("gcs_server", "raylet", "dashboard", "monitor", "runtime_env")) if watch else None
     told = json.loads(process.communicate()[0].strip().splitlines()[-1])
-    return told["seconds"], memory.peak_bytes / 1e6, Path(told["store"])
+    return told["seconds"], memory.peak_bytes / 1e6 if memory else 0.0, Path(told["store"])
 
 
 def ray_beside_plain(model_dir: Path, data: Path, scratch: Path, rounds: int) -> dict[str, Any]:
@@ -203,7 +206,7 @@ def many_rows(model_dir: Path, num_rows: int, scratch: Path) -> dict[str, Any]:
         for i in range(num_rows):
             asked, answer = f"What is {i} plus {i % 97}?", str(i + i % 97)
             file.write(f'{{"messages":[{{"role":"user","content":"{asked}"}},{{"role":"assistant","content":"{answer}"}}]}}\n')
-    seconds, megabytes, store = run_prepare(scratch / "many", model_dir, data, "ray", os.cpu_count() or 1)
+    seconds, megabytes, store = run_prepare(scratch / "many", model_dir, data, "ray", os.cpu_count() or 1, watch=True)
     return {"rows": num_rows, "seconds": round(seconds, 1), "heap_mb": round(megabytes), **reading(store)}
 
 
