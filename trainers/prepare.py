@@ -13,7 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -133,6 +133,8 @@ class _Work(NamedTuple):
         """Inspect every source and choose the tokenizer's backend."""
         data = spec.data
         chat = Chat.load(model_dir, spec.model.template)
+        if executor == "ray":
+            _warm_up(chat)
         rules = Rules.of(spec)
         RowChecks(data.curate)  # what cannot be checked is refused here and not in every worker
         sources = [*data.train, *(data.validation if isinstance(data.validation, list) else [])]
@@ -635,6 +637,19 @@ def _on_ray(chat: Chat, rules: Rules, chunks: list[tuple[int, Chunk]]) -> Genera
         number = table.column("part")[0].as_py()
         rows = table.drop_columns(["part"])
         yield number, rows.filter(rows.column("id").is_valid()) if rows.column("id").null_count else rows
+
+
+def _warm_up(chat: Chat) -> None:
+    """Let a worker load what the first chunk needs while this process still looks at the sources; nothing depends on it."""
+    import ray
+
+    @ray.remote(num_cpus=1, max_retries=0, **cpu_nodes())
+    def load(chat: Chat) -> None:
+        one_core()
+        with suppress(Exception):  # whatever it is, the chunks will meet it and tell
+            chat.with_backend("fastokens").token_bytes.say([])
+
+    load.remote(chat)
 
 
 def cpu_nodes() -> dict[str, Any]:
