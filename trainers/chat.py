@@ -31,11 +31,11 @@ from trainers.errors import DataError, TemplateError, UserError
 from trainers.template import Ask, Blank, Skeleton, Slot, Template, builtin, builtin_names, load_template
 from trainers.tokens import Backend, Encoder, Place, TokenBytes, token_bytes, whole_tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
 MASK_VERSION = 2  # raise it whenever ids or weights of any conversation change: it is part of every token store's key
 
 Message = dict[str, Any]
-"""`{"role": one of ROLES, "content": str}`. An assistant's may carry `weight` (0: context only), `reasoning` (str) and `tool_calls`
+"""`{"role": str, "content": str}`; roles are system, user, assistant and tool. An assistant's may carry `weight` (0: context only),
+`reasoning` (str) and `tool_calls`
 (`[{"name": str, "arguments": str of JSON[, "id": str]}]`); others `name` and, a tool's, `tool_call_id`."""
 
 _PROBE: list[Message] = [{"role": "user", "content": "Hello, what is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]

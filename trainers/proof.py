@@ -1,9 +1,9 @@
 """The mask proof: ids and supervised spans of every example against the template's own text.
 
-It shares no arithmetic with what built the mask. The real template renders the conversation; where each message stands in that
-text is found by rendering the same roles with a placeholder in place of every text, or, for conversations with tools or
-reasoning, by rendering what stands before each answer. From then on the bytes that the ids stand for are compared with the
-bytes of the text at known offsets:
+It shares no arithmetic with what built the mask. Where each message stands is found by rendering the same roles with a
+placeholder in place of every text; a template that was seen to copy texts unseen writes the same around real ones, so of its
+conversations only a sample is rendered. All others (tools, reasoning, templates that look at texts) are rendered, whole and
+before each answer. From then on the bytes that the ids stand for are compared with the bytes of the text at known offsets:
 
 1. the ids say what the template says, after the tokenizer's normaliser;
 2. the supervised tokens are, span by span, an assistant's text and its end-of-turn token: no other token is supervised;

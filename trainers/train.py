@@ -96,10 +96,9 @@ def _train(
         started = time.perf_counter()
         rate = optim.learning_rate(spec.optim, progress.step, order.num_steps)
         chosen = order.step(progress.step)
-        measured, norm, stopping = train_step(
+        measured, norm, skipped, stopping = train_step(
             trainee, parameters, optimizer, examples, chosen, rate, spec, world, should_stop, progress.norms
         )
-        skipped = optim.is_bad(norm, progress.norms, spec.optim.max_spike)
         guard(progress, measured, norm, skipped, spec, run if leader else None)
         tokens = int(examples.lengths[chosen].sum())
         progress.step += 1
@@ -160,8 +159,8 @@ def train_step(
     world: World,
     should_stop: Callable[[], bool],
     norms: list[float],
-) -> tuple[Measured, float, bool]:
-    """One optimizer step on `chosen` examples: (loss before the update, gradient norm before clipping, whether to stop).
+) -> tuple[Measured, float, bool, bool]:
+    """One optimizer step on `chosen` examples: (loss before the update, gradient norm before clipping, whether skipped, whether to stop).
 
     `norms` are those of the steps before; a gradient that `optim.is_bad` beside them changes nothing.
     """
@@ -178,11 +177,11 @@ def train_step(
         gradient /= weight
     norm = optim.clip(gradients, spec.optim.max_grad_norm)
     if optim.is_bad(norm, norms, spec.optim.max_spike):
-        return Measured(loss / weight, correct / weight, weight), norm, stop > 0
+        return Measured(loss / weight, correct / weight, weight), norm, True, stop > 0
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    return Measured(loss / weight, correct / weight, weight), norm, stop > 0
+    return Measured(loss / weight, correct / weight, weight), norm, False, stop > 0
 
 
 def guard(progress: Progress, measured: Measured, norm: float, skipped: bool, spec: JobSpec, run: RunDir | None) -> None:
