@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from trainers.errors import UnknownModel
 
+RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5}
+"""Peak learning rates of a base that the catalogue does not know."""
+
 
 class Package(BaseModel):
     """A Python package that carries a model's weights as one GGUF file."""
@@ -74,11 +77,11 @@ def find_any(name: str) -> Base:
             folder=str(folder),
             licence="unknown",
             context=_context(folder),
-            learning_rate={"lora": 2e-4},
+            learning_rate=RATES,
             batch_size=16,
         )
     if "/" in name and not Path(name).exists():
-        return Base(id=name.split("/")[-1].lower(), hub=name, licence="unknown", context=2048, learning_rate={"lora": 2e-4}, batch_size=16)
+        return Base(id=name.split("/")[-1].lower(), hub=name, licence="unknown", context=2048, learning_rate=RATES, batch_size=16)
     return find(name)
 
 

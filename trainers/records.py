@@ -175,10 +175,24 @@ class PrepareRecord(Record):
     seconds: float
 
 
+class SampleRecord(Record):
+    """A validation example as the model answered it after `step`, in token ids: no tokenizer runs where training does."""
+
+    step: int
+    example: int
+    """Its number in the validation split."""
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    """Greedy; cut at the spec's `validate.sample_tokens`."""
+    reference_ids: list[int]
+
+
 class CheckpointRecord(Record):
     """A checkpoint's MANIFEST.json. A folder without one, or with one its files do not match, is no checkpoint."""
 
     step: int
+    world_size: int = 1
+    """Workers that wrote it; any number can go on from it."""
     files: dict[str, dict[str, int | str]]
     """File name -> {"bytes": size, "sha256": hex digest}."""
     train_loss: float
@@ -207,11 +221,15 @@ class ModelRecord(Record):
 
     base: str
     """Catalogue id of the base model."""
-    adapter: str
-    """PEFT folder of the chosen step."""
+    adapter: str | None
+    """PEFT folder of the chosen step; None where every weight was trained."""
     merged: str | None
-    """Folder of the merged model; None when the spec asked for none."""
+    """Folder of the whole tuned model; None when the spec asked for none."""
+    served: Literal["adapter", "merged"] = "adapter"
+    """What answers: the adapter beside others on the shared base, or the whole model on its own, where no adapter says it exactly."""
     step: int
+    exports: dict[str, str] = {}
+    """Format -> file, relative to the run directory."""
     kl: float | None = None
     """KL divergence of merged from base + adapter, nats per token, over the probe prompts."""
     effect: float | None = None

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from trainers.catalogue import Base
 from trainers.errors import SpecError
-from trainers.spec import JobSpec, Placement
+from trainers.spec import JobSpec, Placement, Scale
+
+GIB = 2**30
+SHARD_BEYOND = 16 * GIB
+"""Bytes of a frozen base from which adapters' workers share it instead of each holding all of it."""
+RECOMPUTE_BEYOND = 4 * GIB
+"""Bytes of a base from which a GPU recomputes its blocks."""
 
 
 def placement(spec: JobSpec, cpus: int) -> Placement:
-    """As many workers as asked for (`auto`: one, which uses every core by threads), sharing the cores between them.
+    """As many workers as asked for (`auto`: one, which uses every core by threads; bounds: as many as fit), sharing the cores.
 
     Raises SpecError where there are fewer cores than workers: they would wait for each other for ever.
     """
-    workers = 1 if spec.scale.workers == "auto" else spec.scale.workers
+    asked = spec.scale.workers
+    workers = 1 if asked == "auto" else asked if isinstance(asked, int) else min(asked.max, max(asked.min, cpus))
     if workers > cpus:
         raise SpecError(
             f"`scale.workers` is {workers}, but there are {cpus} CPUs.", f"Set it to {cpus} or less, or to auto.", "scale.workers"
@@ -28,6 +35,21 @@ def defaults(spec: JobSpec, base: Base) -> JobSpec:
             f"Set it to {base.context} or less.",
             "model.max_length",
         )
+    sharded = spec.scale.sharding in ("full", "hybrid")
+    if sharded and spec.method.type == "qlora":
+        raise SpecError(
+            f"`scale.sharding` is {spec.scale.sharding}, but four-bit weights cannot be sharded.",
+            "Set it to none (each worker holds the four-bit base), or use `method: {type: lora}`.",
+            "scale.sharding",
+        )
+    if sharded and spec.optim.type == "adamw8bit":
+        raise SpecError(
+            f"`scale.sharding` is {spec.scale.sharding}, but 8-bit moments cannot be sharded.",
+            "Use `optim: {type: adamw}`: sharded, its moments are shared between the workers.",
+            "optim.type",
+        )
+    if spec.scale.cpu_offload and spec.scale.sharding == "none":
+        raise SpecError("`scale.cpu_offload` is on, but `scale.sharding` is none.", "Set `scale.sharding` to full.", "scale.cpu_offload")
     optim = spec.optim.model_copy(
         update={
             "batch_size": base.batch_size if spec.optim.batch_size == "auto" else spec.optim.batch_size,
@@ -37,19 +59,42 @@ def defaults(spec: JobSpec, base: Base) -> JobSpec:
     return spec.model_copy(update={"optim": optim})
 
 
-def schedule(spec: JobSpec, num_examples: int, place: Placement) -> JobSpec:
-    """Fill in what depends on the data: `defaults` has been here, and the token store holds `num_examples` to train on."""
-    batch_size, scale = int(spec.optim.batch_size), spec.scale
+def schedule(spec: JobSpec, num_examples: int, place: Placement, base_bytes: int = 0) -> JobSpec:
+    """Fill in what depends on the data, the place and the base's size (bytes of its files).
+
+    `defaults` has been here, and the token store holds `num_examples` to train on.
+    """
+    batch_size = int(spec.optim.batch_size)
     num_steps = -(-num_examples * spec.optim.epochs // batch_size)
     every = -(-num_steps // 5) if spec.validate_.every_steps == "auto" else spec.validate_.every_steps
-    # A CPU's caches like short rows; what a longest example needs is the least that makes sense.
-    tokens = max(1024, spec.model.max_length) if scale.tokens_per_microbatch == "auto" else scale.tokens_per_microbatch
     return spec.model_copy(
         update={
             "validate_": spec.validate_.model_copy(update={"every_steps": every}),
             "checkpoint": spec.checkpoint.model_copy(
                 update={"every_steps": every if spec.checkpoint.every_steps == "auto" else spec.checkpoint.every_steps}
             ),
-            "scale": scale.model_copy(update={"workers": place.workers, "tokens_per_microbatch": tokens}),
+            "scale": _scale(spec, place, base_bytes),
+        }
+    )
+
+
+def _scale(spec: JobSpec, place: Placement, base_bytes: int) -> Scale:
+    scale, gpu = spec.scale, place.device == "cuda"
+    # A CPU's caches like short rows; what a longest example needs is the least that makes sense.
+    tokens = max(8192 if gpu else 1024, spec.model.max_length)
+    sharding = "none"
+    # Sharded state comes in shards of fp32 or bf16; offload is a property of shards, so a spec that asks for it has them on one worker too.
+    if spec.method.type == "full" and spec.optim.type == "adamw" and (place.workers > 1 or scale.cpu_offload):
+        sharding = "full"
+    if spec.method.type == "lora" and (scale.cpu_offload or (place.workers > 1 and base_bytes > SHARD_BEYOND)):
+        sharding = "full"
+    recompute = "full" if gpu and base_bytes > RECOMPUTE_BEYOND else "none"
+    return scale.model_copy(
+        update={
+            "workers": place.workers,
+            "tokens_per_microbatch": tokens if scale.tokens_per_microbatch == "auto" else scale.tokens_per_microbatch,
+            "sharding": sharding if scale.sharding == "auto" else scale.sharding,
+            "activation_checkpointing": recompute if scale.activation_checkpointing == "auto" else scale.activation_checkpointing,
+            "compile": gpu if scale.compile == "auto" else scale.compile,
         }
     )

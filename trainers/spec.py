@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainers.errors import SpecError
 
@@ -132,22 +132,49 @@ class DataPart(Part):
     """A column whose value groups examples in the data report and in every evaluation."""
 
 
-class Lora(Part):
-    type: Literal["lora"] = "lora"
-    """Low-rank adapters on a frozen base (Hu et al., 2021)."""
+class Adapter(Part):
+    """What LoRA and QLoRA share."""
+
     r: Annotated[int, Field(ge=1, le=512)] = 16
     """Rank of each adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The adapter's output is scaled by alpha / r."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead, so that a higher rank does not learn more slowly (Kalajdzievski, 2023)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are zeroed while training; which ones depends on seed, step and example alone."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers get an adapter: all but the head, or layer names such as `q_proj`."""
 
 
+class Lora(Adapter):
+    type: Literal["lora"] = "lora"
+    """Low-rank adapters on a frozen base (Hu et al., 2021)."""
+    dora: bool = False
+    """Learn each weight row's length apart from its direction (DoRA; Liu et al., 2024)."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole beside the adapters, by name, such as `norm` or `lm_head`."""
+
+
+class QLora(Adapter):
+    type: Literal["qlora"] = "qlora"
+    """LoRA on a base that is kept in four bits (NF4; Dettmers et al., 2023)."""
+    double_quant: bool = True
+    """Also quantize the blocks' scales: 0.37 bits per weight less."""
+
+
+class Full(Part):
+    type: Literal["full"] = "full"
+    """Every weight is trained."""
+
+
+Method = Annotated[Lora | QLora | Full, Field(discriminator="type")]
+
+
 class Optim(Part):
-    type: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov & Hutter, 2017) with fp32 state."""
+    type: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW (Loshchilov & Hutter, 2017); `adamw8bit` keeps its two moments in 8 bits (Dettmers et al., 2022), not where weights are
+    sharded."""
     epochs: Annotated[int, Field(ge=1, le=50)] = 2
     """Passes over the training examples."""
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
@@ -164,12 +191,19 @@ class Optim(Part):
     """Decoupled weight decay per unit of learning rate."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm when they exceed it."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target's probability that is spread over the whole vocabulary (Szegedy et al., 2016)."""
+    z_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight of the squared log of the softmax's denominator in the loss (Chowdhery et al., 2022)."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Uniform noise on the embeddings while training, scaled by alpha / sqrt(tokens of the example x hidden size) (NEFTune; Jain et al.,
+    2023)."""
     max_spike: Annotated[float, Field(gt=1)] | None = None
     """Skip a step whose gradient norm is more than so many times the median of the last 50; off by default."""
     max_skipped: Annotated[int, Field(ge=0, le=1000)] = 3
     """Steps in a row that may be skipped (a gradient that is not finite always is) before training ends with an error."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Seeds the order of examples and the adapters' first values."""
+    """Seeds the order of examples, the adapters' first values, dropout and noise."""
 
 
 class EarlyStopping(Part):
@@ -182,6 +216,10 @@ class EarlyStopping(Part):
 class Validate(Part):
     every_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Steps between two passes over the validation examples; `auto` makes about five in a run."""
+    samples: Annotated[int, Field(ge=0, le=64)] = 4
+    """Validation examples that are answered at each validation, greedily, so that one can read what the model has learned."""
+    sample_tokens: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Longest such answer."""
     early_stopping: EarlyStopping | None = None
     """End before the last epoch where validation no longer improves."""
 
@@ -193,20 +231,48 @@ class CheckpointPart(Part):
     """How many of the newest full checkpoints stay (adapters of all of them stay)."""
     keep_best: bool = True
     """Also keep the one with the lowest validation loss."""
+    to: str | None = None
+    """Where checkpoints lie: an fsspec URL such as `s3://bucket/prefix`, or the run directory."""
+
+
+class Workers(Part):
+    """As many workers as are free when an attempt starts, within these bounds."""
+
+    min: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Fewer are not enough: the job waits."""
+    max: Annotated[int, Field(ge=1, le=1024)]
+    """More are not used."""
 
 
 class Scale(Part):
-    workers: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """Training processes; never changes which examples a step sees."""
+    workers: Auto | Annotated[int, Field(ge=1, le=1024)] | Workers = "auto"
+    """Training processes, or bounds on their number; never changes which examples a step sees."""
     tokens_per_microbatch: Auto | Annotated[int, Field(ge=16)] = "auto"
     """Token budget of one forward pass on one worker; never changes the gradient beyond rounding."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the forward and backward pass; adapters and optimizer state are always fp32."""
+    """Arithmetic of the forward and backward pass."""
+    master: Literal["fp32", "bf16"] = "fp32"
+    """What trained weights, their gradients and AdamW's moments are kept in: 16 bytes a weight, or 8 (updates are then rounded at random,
+    since most are smaller than the next bf16 number)."""
+    sharding: Auto | Literal["none", "full", "hybrid"] = "auto"
+    """How workers share the weights: each holds all of them; each holds its part (FSDP2); or the workers of one node do, and nodes are
+    copies (HSDP). `auto` shards full fine-tuning, and adapters on a base beyond 16 GB, where there is more than one worker."""
+    reshard: bool = True
+    """With sharding: free a block's gathered weights after its forward pass and gather them again in the backward pass."""
+    activation_checkpointing: Auto | Literal["none", "selective", "full"] = "auto"
+    """What the backward pass computes again instead of keeping it: nothing; all but matrix products; each block. `auto`: `full` on GPUs
+    where the base is beyond 4 GB, else nothing."""
+    cpu_offload: bool = False
+    """With sharding: keep weights, gradients and optimizer state in the host's memory."""
+    compile: Auto | bool = "auto"
+    """Compile each block with torch.compile. `auto`: on GPUs."""
 
 
 class Export(Part):
     merge: bool = True
-    """Write the adapter merged into the base as one Hugging Face folder."""
+    """Write the tuned model as one Hugging Face folder: the adapter merged into the base."""
+    formats: list[Literal["safetensors", "gguf-f16", "gguf-q8_0"]] = ["safetensors"]
+    """Further forms of the tuned model: GGUF files, which llama.cpp and Ollama read, are written beside the folder."""
 
 
 class EvalTask(Part):
@@ -241,7 +307,7 @@ class JobSpec(Part):
     """Becomes the suffix of the tuned model's name."""
     model: ModelPart = ModelPart()
     data: DataPart
-    method: Lora = Lora()
+    method: Method = Lora()
     optim: Optim = Optim()
     validate_: Annotated[Validate, Field(alias="validate")] = Validate()  # pydantic owns the bare name
     checkpoint: CheckpointPart = CheckpointPart()
@@ -251,6 +317,11 @@ class JobSpec(Part):
     deploy: Deploy = Deploy()
 
     model_config = ConfigDict(populate_by_name=False, serialize_by_alias=True)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _lora_unless_told(cls, value: Any) -> Any:
+        return {"type": "lora", **value} if isinstance(value, dict) else value
 
     @classmethod
     def parse(cls, value: Any) -> JobSpec:
@@ -314,12 +385,11 @@ def _explain(error: ValidationError) -> SpecError:
     # A typo explains the missing key that it causes, and the deepest complaint is the closest to what was meant.
     urgency = {"extra_forbidden": 0, "missing": 1}
     first = min(error.errors(include_url=False), key=lambda e: (urgency.get(e["type"], 2), -len(e["loc"])))
-    # Union members appear in `loc` as tags such as "float" or "list[Source]"; they are no part of the user's key.
-    place = [p for p in first["loc"] if isinstance(p, int) or (p.isidentifier() and p not in ("float", "int", "str"))]
+    place, known = _locate((*first["loc"], "type") if first["type"] == "union_tag_invalid" else first["loc"])
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), _fields_at(place[:-1]), n=1)
-        remedy = f"Did you mean `{near[0]}`?" if near else f"Known keys here: {', '.join(_fields_at(place[:-1]))}."
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        remedy = f"Did you mean `{near[0]}`?" if near else f"Known keys here: {', '.join(known)}."
         return SpecError(f"`{key}` is not a key of a job.", remedy, key)
     if first["type"] == "missing":
         return SpecError(f"`{key}` is missing.", f"Add `{place[-1]}` to the job.", key)
@@ -331,17 +401,36 @@ def _explain(error: ValidationError) -> SpecError:
     return SpecError(f"`{key}` is {value}: {rules}.", "Change it to a value the rule allows.", key)
 
 
-def _fields_at(place: list[Any]) -> list[str]:
-    """Known keys of the section that `place` (path of keys and indices) leads to."""
-    part: Any = JobSpec
-    for key in place:
-        if isinstance(key, int):
-            continue
-        fields = {f.alias or name: f for name, f in part.model_fields.items()}
-        part = next((p for p in _parts(fields[key].annotation)), None) if key in fields else None
-        if part is None:
-            return []
-    return [f.alias or name for name, f in part.model_fields.items()]
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], list[str]]:
+    """A complaint's place in the user's own keys, and the keys known there.
+
+    Where a section may be one of several, pydantic adds to `loc` which of them it tried: a type's name, or the section's `type`. These are
+    not the user's keys.
+    """
+    place: list[int | str] = []
+    known: list[str] = list(_aliases(JobSpec))
+    parts: list[type[Part]] = [JobSpec]
+    for number, step in enumerate(loc):
+        fields = {name: annotation for part in parts for name, annotation in _aliases(part).items()}
+        if isinstance(step, int):
+            place.append(step)
+        elif chosen := [p for p in parts if step in (p.__name__, getattr(p.model_fields.get("type"), "default", None))]:
+            parts, known = chosen, list(_aliases(chosen[0]))
+        elif step in fields:
+            place.append(step)
+            known = list(fields)
+            parts = _parts(fields[step])
+        elif step.isidentifier() and step not in ("float", "int", "str", "bool"):
+            place.append(step)
+            known = list(fields) or known
+        if number == len(loc) - 1 and not place:
+            place.append(step)
+    return place, known
+
+
+def _aliases(part: type[Part]) -> dict[str, Any]:
+    """Key -> annotation of a section's fields."""
+    return {f.alias or name: f.annotation for name, f in part.model_fields.items()}
 
 
 def _parts(annotation: Any) -> list[type[Part]]:
