@@ -87,6 +87,19 @@ class ModelError(UserError):
     code = "invalid_model"
 
 
+class OutOfMemory(UserError):
+    """A training worker needs more memory than its device or its machine has."""
+
+    code = "out_of_memory"
+
+
+class WorkerLost(TuneyardError):
+    """Training workers kept dying without a new checkpoint in between: trying again as before does not help."""
+
+    code = "worker_lost"
+    retry = False
+
+
 class Unavailable(TuneyardError):
     """Something outside us does not answer: storage, the cluster, a package index, the serving app."""
 
