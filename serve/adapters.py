@@ -21,23 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from serve.plain import beyond_plain
 from trainers.errors import ModelError, Unavailable
 
 PREFIX = "base_model.model."  # PEFT's name for the model that it wraps
-
-# PEFT features that change the arithmetic, with the values that leave it plain.
-PLAIN = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": ([], None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "trainable_token_indices": ([], None),
-    "layer_replication": ([], None),
-}
 
 
 @dataclass(eq=False)
@@ -71,9 +58,10 @@ def load_adapter(path: str, shapes: dict[str, tuple[int, int]], dtype: torch.dty
             f"{folder.name}: not a readable PEFT LoRA adapter ({type(error).__name__}: {error}).",
             "It needs adapter_config.json with `r` and `lora_alpha`, and adapter_model.safetensors.",
         ) from None
-    for key, plain in PLAIN.items():
-        if key in config and config[key] not in plain:
-            raise ModelError(f"{folder.name}: `{key}: {config[key]}` is not supported.", "Serve the merged model instead.")
+    if more := beyond_plain(config):
+        raise ModelError(
+            f"{folder.name}: `{more}` is more than the plain LoRA that a shared base can answer with.", "Serve the merged model instead."
+        )
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")

@@ -1,7 +1,8 @@
-"""One Ray Serve application: one base model, its engine and the OpenAI chat wire.
+"""One Ray Serve application: one model, its engine and the OpenAI chat wire.
 
-The gateway in service/ is its only client: it has the token, and says by header which name to echo (`x-tuneyard-model`) and
-which PEFT folder to answer with (`x-tuneyard-adapter`, in UTF-8; empty = the bare base).
+The model is a base, which also answers with adapters over it, or a whole tuned model. The gateway in service/ is the only client: it has
+the token, and says by header which name to echo (`x-tuneyard-model`) and which PEFT folder to answer with (`x-tuneyard-adapter`, in UTF-8;
+empty = the model as it is).
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from serve.engine import Engine, GenerateRequest, TokenEvent
 from trainers.chat import Chat, Message
 from trainers.errors import TuneyardError, UserError
 
+DRAIN_S = 120.0  # an unloaded model may finish the answers that it has begun; Serve's own 20 s would cut long ones
+
 
 def build(args: dict[str, Any]) -> Application:
     """For Serve's declarative config (`import_path: serve.app:build`).
 
-    args: `base` (catalogue id), `model_dir`, `token_file`, and optionally `max_adapter_bytes`.
+    args: `name` (echoed where no header names the model), `model_dir`, `token_file`, and optionally `max_adapter_bytes`.
     """
 
     def asgi() -> Starlette:  # runs in the replica: only there is the model loaded
@@ -43,16 +46,18 @@ def build(args: dict[str, Any]) -> Application:
         limits = {k: args[k] for k in ("max_adapter_bytes",) if k in args}
         engine = TransformersEngine(Path(args["model_dir"]), **limits)
         token = Path(args["token_file"]).read_text(encoding="utf-8").strip()
-        return application(engine, Chats(Path(args["model_dir"])), args["base"], token)
+        return application(engine, Chats(Path(args["model_dir"])), args["name"], token)
 
     # A local replica reserves no CPU: a training job beside it would otherwise wait for ever.
-    deployment = ray_serve.deployment(name="engine", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})
+    deployment = ray_serve.deployment(
+        name="engine", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=DRAIN_S
+    )
     return deployment(ray_serve.ingress(asgi)()).bind()
 
 
-def application(engine: Engine, chats: Chats, base: str, token: str) -> Starlette:
+def application(engine: Engine, chats: Chats, name: str, token: str) -> Starlette:
     """The ASGI application around an engine."""
-    server = Server(engine, chats, base)
+    server = Server(engine, chats, name)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -102,11 +107,11 @@ async def show_error(request: Request, error: Exception) -> Response:
 class Server:
     """The routes."""
 
-    def __init__(self, engine: Engine, chats: Chats, base: str) -> None:
-        self.engine, self.chats, self.base = engine, chats, base
+    def __init__(self, engine: Engine, chats: Chats, name: str) -> None:
+        self.engine, self.chats, self.name = engine, chats, name
 
     async def healthz(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok", "base": self.base, "running": self.engine.num_running})
+        return JSONResponse({"status": "ok", "name": self.name, "running": self.engine.num_running})
 
     async def prompt(self, request: Request) -> Response:
         """The ids that the model would be given for these messages: lets the training side check that it saw the same."""
@@ -119,7 +124,7 @@ class Server:
         chat, prompt_ids = await self._prompt(adapter, [m.plain() for m in asked.messages])
         answer = Answer(
             asked=asked,
-            model=request.headers.get("x-tuneyard-model") or self.base,
+            model=request.headers.get("x-tuneyard-model") or self.name,
             prompt_ids=prompt_ids,
             stop_ids=chat.stop_ids,
             adapter=adapter,

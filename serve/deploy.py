@@ -31,13 +31,13 @@ PROBES: tuple[Conversation, ...] = (
 REMEDY = "See the serving app's log on Ray's dashboard, then run the job again: it goes on with this stage."
 
 
-def application(base: str, model_dir: Path, token_file: Path) -> dict[str, Any]:
-    """The entry of one base model in `applications` of Ray's `PUT /api/serve/applications/`."""
+def application(name: str, model_dir: Path, token_file: Path) -> dict[str, Any]:
+    """The entry of one model, a base or a whole tuned one, in `applications` of Ray's `PUT /api/serve/applications/`."""
     return {
-        "name": base,
-        "route_prefix": f"/{base}",
+        "name": name,
+        "route_prefix": f"/{name}",
         "import_path": "serve.app:build",
-        "args": {"base": base, "model_dir": str(model_dir), "token_file": str(token_file)},
+        "args": {"name": name, "model_dir": str(model_dir), "token_file": str(token_file)},
     }
 
 
@@ -45,20 +45,21 @@ def deploy(
     run: RunDir,
     model: ModelRecord,
     model_name: str,
-    serve_url: str,
+    url: str,
     token: str,
     chat: Chat,
     conversations: Sequence[Conversation] = PROBES,
     wait_s: float = 300.0,
 ) -> DeployRecord:
-    """Wait for the base's serving app, check that it reads `conversations` as `chat` does, and let the adapter answer once.
+    """Wait for the serving app at `url`, check that it reads `conversations` as `chat` does, and let the tuned model answer once.
 
+    The app is the base's, which is asked with the adapter, or, for a whole tuned model, its own.
     Raises Unavailable if the app is not healthy within `wait_s` seconds, reads otherwise than training, or cannot answer.
     """
-    adapter = str(run.path(model.adapter)).encode("utf-8")  # httpx takes other than ASCII only as bytes
+    wait_until_healthy(url, run, "deploy", wait_s)
+    adapter = str(adapter_of(run, model) or "").encode("utf-8")  # httpx takes other than ASCII only as bytes
     headers = {b"authorization": f"Bearer {token}".encode(), b"x-tuneyard-model": model_name.encode(), b"x-tuneyard-adapter": adapter}
-    with httpx.Client(base_url=serve_url, headers=headers, timeout=wait_s, trust_env=False) as client:
-        _wait_until_healthy(client, run, wait_s)
+    with httpx.Client(base_url=url, headers=headers, timeout=wait_s, trust_env=False) as client:
         run.progress("deploy", doing="checking that serving reads conversations as training did")
         for messages in conversations:
             served = _post(client, "/v1/tuneyard/prompt", {"messages": messages})["prompt_ids"]
@@ -75,12 +76,18 @@ def deploy(
     return record
 
 
-def _wait_until_healthy(client: httpx.Client, run: RunDir, wait_s: float) -> None:
+def adapter_of(run: RunDir, model: ModelRecord) -> Path | None:
+    """The adapter that the base is asked with; None for a whole tuned model, which is asked as it is."""
+    return run.path(model.adapter) if model.served == "adapter" and model.adapter else None
+
+
+def wait_until_healthy(url: str, run: RunDir, stage: str, wait_s: float = 300.0) -> None:
+    """Return once the app at `url` is loaded; raises Unavailable after `wait_s` seconds."""
     started, cause = time.monotonic(), ""
     while (waited := time.monotonic() - started) < wait_s:
-        run.progress("deploy", doing="waiting for the serving app", waited_s=round(waited))
+        run.progress(stage, doing="waiting for the serving app", waited_s=round(waited))
         try:
-            response = client.get("/healthz", timeout=5)
+            response = httpx.get(f"{url}/healthz", timeout=5, trust_env=False)
             if response.status_code == 200:
                 return
             cause = f"HTTP {response.status_code}"
@@ -88,7 +95,7 @@ def _wait_until_healthy(client: httpx.Client, run: RunDir, wait_s: float) -> Non
             cause = type(error).__name__
         time.sleep(1)
     raise Unavailable(
-        f"{client.base_url} was not ready after {wait_s:.0f} s ({cause}).",
+        f"{url} was not ready after {wait_s:.0f} s ({cause}).",
         "See the serving app's status on Ray's dashboard, then run the job again.",
     )
 

@@ -40,7 +40,9 @@ class Model:
 
     name: str
     adapter: str | None = None
-    """PEFT folder; None = the bare base."""
+    """PEFT folder; None = the app's model as it is."""
+    url: str | None = None
+    """Its own serving app; None = the endpoint's."""
 
 
 def evaluate(
@@ -162,7 +164,7 @@ async def _ask(client: httpx.AsyncClient, endpoint: Endpoint, model: Model, case
             await asyncio.sleep(endpoint.backoff_s * 2 ** (attempt - 1))
         try:
             response = await client.post(
-                f"{endpoint.url}/v1/chat/completions", json=body, headers={k.encode(): v.encode() for k, v in headers.items()}
+                f"{model.url or endpoint.url}/v1/chat/completions", json=body, headers={k.encode(): v.encode() for k, v in headers.items()}
             )
         except httpx.HTTPError as error:
             cause = f"{type(error).__name__}: {error}"

@@ -223,7 +223,9 @@ def _show_results(run: RunDir, job: Update, out: Console) -> dict[str, Any]:
     out.print(escape(report.curve_text(steps)), soft_wrap=True)
     image = run.path("loss.png")
     report.curve_image(steps, image, job.job["fine_tuned_model"])
-    folder = run.path(model.merged or model.adapter)
+    adapter = model.adapter
+    assert adapter is not None  # the demo's job trains one
+    folder = run.path(model.merged or adapter)
     tokens_per_s = trained.trained_tokens / trained.seconds if trained.seconds else 0.0
     out.print(f"Trained  {trained.trained_tokens:,} tokens in {report.duration(trained.seconds)} ({tokens_per_s:,.0f} tokens/s)")
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -234,7 +236,7 @@ def _show_results(run: RunDir, job: Update, out: Console) -> dict[str, Any]:
         "model": job.job["fine_tuned_model"],
         "base": model.base,
         "weights": str(folder),
-        "adapter": str(run.path(model.adapter)),
+        "adapter": str(run.path(adapter)),
         "loss_image": str(image),
         "trained_tokens": trained.trained_tokens,
         "train_seconds": trained.seconds,

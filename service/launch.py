@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from serve.deploy import deploy
+from serve.deploy import adapter_of, deploy, wait_until_healthy
 from service import datareport
 from service.order import LaunchOrder
 from trainers import resolve
@@ -113,7 +113,7 @@ def deploy_stage(order: LaunchOrder, model_dir: Path, model: ModelRecord, run: R
         return
     assert order.serve_url is not None and order.serve_token_file is not None
     token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
-    record = deploy(run, model, order.model_name, order.serve_url, token, _chat(model_dir, run))
+    record = deploy(run, model, order.model_name, _url_of(model, order), token, _chat(model_dir, run))
     run.event(f"{order.model_name} answers (first answer after {record.first_answer_s:.1f} s).")
 
 
@@ -126,8 +126,11 @@ def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: R
     assert order.serve_url is not None and order.serve_token_file is not None
     token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
     try:
-        tuned = Model(order.model_name, adapter=str(run.path(model.adapter)))
+        adapter = adapter_of(run, model)
+        tuned = Model(order.model_name, str(adapter) if adapter else None, _url_of(model, order))
         endpoint = Endpoint(order.serve_url, token)
+        for url in {endpoint.url, tuned.url or endpoint.url}:  # after a restart, or for a whole model's base, nobody has waited yet
+            wait_until_healthy(url, run, "evaluate")
         record = evaluate(run, spec.evaluate.tasks, endpoint, Model(model.base), tuned, spec.data.slice_by)
     except Fenced:
         raise
@@ -138,6 +141,13 @@ def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: R
         run.event(
             f"{task.name}: {task.metric} base {task.base[task.metric]:.1%}, tuned {task.tuned[task.metric]:.1%} ({task.examples} examples)."
         )
+
+
+def _url_of(model: ModelRecord, order: LaunchOrder) -> str:
+    """Where the tuned model answers: through the base's app, or its own."""
+    url = order.serve_url if model.served == "adapter" else order.model_url
+    assert url is not None  # the runner named both
+    return url
 
 
 def _chat(model_dir: Path, run: RunDir) -> Chat:

@@ -13,6 +13,6 @@ class Link:
     serve_host: str
     serve_port: int
 
-    def serve_url(self, base_id: str) -> str:
-        """Where the app of a base model answers."""
-        return f"http://{self.serve_host}:{self.serve_port}/{base_id}"
+    def serve_url(self, app: str) -> str:
+        """Where an app answers: a base's by its catalogue id, a whole tuned model's by its job's id."""
+        return f"http://{self.serve_host}:{self.serve_port}/{app}"

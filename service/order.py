@@ -19,5 +19,7 @@ class LaunchOrder(Record):
     """Folder of the project's token stores."""
     serve_url: str | None = None
     """Where the serving app of the base answers, for example http://127.0.0.1:8000/smollm2-135m-instruct."""
+    model_url: str | None = None
+    """Where the tuned model's own app answers, if no adapter on the base says it exactly."""
     serve_token_file: str | None = None
     """File with the bearer token that the serving app asks for."""

@@ -22,20 +22,17 @@ from service import policy, results
 from service.link import Link
 from service.order import LaunchOrder
 from service.policy import Limits, Seen
+from service.serving import REDEPLOY_S, Serving, whole_folder
 from service.settings import Settings
 from service.states import FINAL
 from service.store import Checkpoint, Job, JobEvent, Store, new_id
-from trainers.catalogue import find
 from trainers.errors import DataError, TuneyardError, Unavailable
-from trainers.fetch import ensure
 from trainers.records import CheckpointRecord, OutcomeRecord, RunDir, StepRecord, parse_checkpoint_name, write_atomic
 from trainers.spec import JobSpec
 
 log = logging.getLogger("tuneyard.runner")
 
 LEASE_S = 90.0  # longer than the slowest single act (starting Serve)
-DEMAND_S = 3600.0  # a base model that nobody asked for in this time, and that no job needs, is unloaded
-REDEPLOY_S = 60.0  # pause before an app that failed to deploy is tried again
 PURGE_S = 60.0
 
 
@@ -48,8 +45,7 @@ class Runner:
         self.link = link
         self.owner = owner
         self.limits = Limits(backoff_s=settings.backoff_s)
-        self._deployed: dict[str, dict] | None = None
-        self._deployed_at = 0.0
+        self.serving = Serving(settings, store, link)
         self._serve_after = 0.0
         self._purged_at = 0.0
 
@@ -281,6 +277,7 @@ class Runner:
             models=str(self.settings.models),
             stores=str(self.settings.stores(job.project_id)),
             serve_url=self.link.serve_url(job.base),
+            model_url=self.link.serve_url(job.id),
             serve_token_file=str(self.settings.serve_token_file),
         )
         run.write("launch.json", order)
@@ -300,6 +297,8 @@ class Runner:
         steps = self._run(job.id).steps()
         files = results.write(self.settings, self.store, job, steps)
         tokens = sum(step.tokens for step in steps)
+        if job.spec["deploy"]["serve"] and whole_folder(self.settings, job):
+            self.store.ask_for(job.id)  # it stays loaded for whoever has waited for this job
         if self.store.move(job.id, "succeeded", "The job has successfully completed.", result_files=files, trained_tokens=tokens):
             self.store.add_event(job.id, f"New fine-tuned model created: {job.model_name}")
 
@@ -323,33 +322,8 @@ class Runner:
 
     # -- serving and housekeeping ------------------------------------------------------------------------------------
 
-    def _wanted(self) -> list[str]:
-        """Base models whose app should run: a job needs it, a tuned model stands on it, or a chat request asked lately."""
-        bases = {row.base for row in self.store.demand(time.time() - DEMAND_S)}
-        for job in self.store.open_jobs():
-            if job.status not in FINAL and (job.spec["deploy"]["serve"] or job.spec["evaluate"]["tasks"]):
-                bases.add(job.base)
-        bases |= {job.base for job in self.store.tuned() if job.spec["deploy"]["serve"]}
-        return sorted(bases)
-
     def _serve(self) -> None:
-        """Bring Serve's applications to what is wanted."""
-        from serve.deploy import application  # here: the rest of the runner works without the serving package
-
-        wanted = {}
-        for id in self._wanted():
-            folder = ensure(find(id), self.settings.models)
-            wanted[id] = application(id, folder, self.settings.serve_token_file)
-        observed = self.link.ray.applications() if wanted or self._deployed != {} else {}
-        for id in {*wanted, *(row.base for row in self.store.demand())}:
-            app = observed.get(id, {})
-            self.store.note_app(id, str(app.get("status", "")), str(app.get("message", ""))[:500])
-        failed = any(observed.get(id, {}).get("status") == "DEPLOY_FAILED" for id in wanted)
-        again = failed and time.time() - self._deployed_at > REDEPLOY_S
-        if set(observed) != set(wanted) or (wanted and wanted != self._deployed) or again:
-            self.link.ray.deploy(list(wanted.values()), self.link.serve_host, self.link.serve_port)
-            self._deployed_at = time.time()
-        self._deployed = wanted
+        self.serving.step()
         self._serve_after = 0.0
 
     def _purge(self) -> None:

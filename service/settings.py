@@ -42,6 +42,9 @@ class Settings(BaseModel):
     """Pause before the first new attempt after a lost worker; four times longer each time after."""
     chat_wait_s: float = 60.0
     """How long a chat request waits for a model that is being loaded."""
+    max_model_bytes: int = 16 * 2**30
+    """Whole tuned models (full fine-tuning, DoRA, QLoRA) that are loaded at a time, in bytes of their weights: beyond it, the least
+    recently asked are unloaded. One is always loaded, however large."""
     data_urls: str = ""
     """URL prefixes, separated by commas, that jobs may read data from besides uploaded files: `s3://team-data/sft/,hf://`. The cluster
     reads them with its own credentials, so whoever may use the service may train on what lies there."""

@@ -121,10 +121,11 @@ class Checkpoint(Listed):
 
 
 class Demand(Row):
-    """A base model that chat requests asked for, and what the cluster says about its app."""
+    """A serving app that chat requests asked for, and what the cluster says about it."""
 
     __tablename__ = "demand"
-    base: Mapped[str] = mapped_column(primary_key=True)
+    app: Mapped[str] = mapped_column("base", primary_key=True)
+    """A base's catalogue id, or the id of the job whose whole tuned model it answers with."""
     asked_at: Mapped[float] = mapped_column(default=0.0)
     status: Mapped[str] = mapped_column(default="")
     message: Mapped[str] = mapped_column(default="")
@@ -352,32 +353,37 @@ class Store:
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def ask_for(self, base: str) -> None:
-        """Note that a chat request needs this base model."""
+    def ask_for(self, app: str, every_s: float = 30.0) -> None:
+        """Note that a chat request needs this app; a note that is younger than `every_s` stands, which spares a write per request."""
         with self._session() as session:
-            row = session.get(Demand, base)
+            row = session.get(Demand, app)
             if row is None:
-                session.add(Demand(base=base, asked_at=time.time()))
-            elif time.time() - row.asked_at > 30:  # often enough; spares a write per request
+                session.add(Demand(app=app, asked_at=time.time()))
+            elif time.time() - row.asked_at > every_s:
                 row.asked_at = time.time()
 
     def demand(self, since: float = 0.0) -> list[Demand]:
         with self._session() as session:
-            return list(session.scalars(select(Demand).where(Demand.asked_at >= since).order_by(Demand.base)))
+            return list(session.scalars(select(Demand).where(Demand.asked_at >= since).order_by(Demand.app)))
 
-    def app_status(self, base: str) -> tuple[str, str]:
-        """(status, message) of a base's app as last seen; empty when nothing is known."""
+    def app_status(self, app: str) -> tuple[str, str]:
+        """(status, message) of an app as last seen; empty when nothing is known."""
         with self._session() as session:
-            row = session.get(Demand, base)
+            row = session.get(Demand, app)
             return (row.status, row.message) if row else ("", "")
 
-    def note_app(self, base: str, status: str, message: str) -> None:
+    def note_app(self, app: str, status: str, message: str) -> None:
         with self._session() as session:
-            row = session.get(Demand, base)
+            row = session.get(Demand, app)
             if row is None:
-                session.add(Demand(base=base, status=status, message=message))
+                session.add(Demand(app=app, status=status, message=message))
             elif (row.status, row.message) != (status, message):
                 row.status, row.message = status, message
+
+    def forget_app(self, app: str) -> None:
+        """Its model is gone: nobody can ask for it any more."""
+        with self._session() as session:
+            session.execute(delete(Demand).where(Demand.app == app))
 
     # -- the runner's lease ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: authenticate, map the name, stream from the base model's app on Ray Serve."""
+"""/v1/chat/completions: authenticate, map the name, stream from the app on Ray Serve that answers for it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
     content = await request.body()
     name = _model_of(content)
     found = await run_in_threadpool(partial(target, store, settings, caller, name))
-    await run_in_threadpool(store.ask_for, found.base)
+    await run_in_threadpool(store.ask_for, found.app)
     headers = {
         "authorization": f"Bearer {settings.serve_token_file.read_text(encoding='utf-8')}",
         "content-type": "application/json",
@@ -46,19 +46,23 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
     encoded = {k.encode(): v.encode() for k, v in headers.items()}  # a folder's name may hold any letter; as str, httpx takes only ASCII
     http: httpx.AsyncClient = request.app.state.http
     deadline = time.monotonic() + settings.chat_wait_s
+    waits = False
     while True:
-        url = f"{link.serve_url(found.base)}/v1/chat/completions"
+        url = f"{link.serve_url(found.app)}/v1/chat/completions"
         upstream = await _send(request, http, http.build_request("POST", url, content=content, headers=encoded))
         if upstream is not None:
             kept = {k: v for k, v in upstream.headers.items() if k in FORWARDED}
             return StreamingResponse(_relay(upstream), upstream.status_code, kept)
         if await request.is_disconnected():
             return Response(status_code=499)  # nobody reads it
-        status, message = await run_in_threadpool(store.app_status, found.base)
+        if not waits:
+            waits = True
+            await run_in_threadpool(store.ask_for, found.app, 0.0)  # it was unloaded: now it is the one that was asked last
+        status, message = await run_in_threadpool(store.app_status, found.app)
         if status == "DEPLOY_FAILED":
-            raise Unavailable(f"`{found.base}` cannot be loaded: {message}", "See the serving log of the cluster.", "model")
+            raise Unavailable(f"`{name}` cannot be loaded: {message}", "See the serving log of the cluster.", "model")
         if time.monotonic() > deadline:
-            raise Unavailable(f"`{found.base}` is still being loaded.", "Ask again in a few seconds.", "model")
+            raise Unavailable(f"`{name}` is still being loaded.", "Ask again in a few seconds.", "model")
         await asyncio.sleep(PROBE_S)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 
+from serve.plain import beyond_plain
 from service.api import create
 from service.api.auth import Caller, Config, Db, RequestedBy
 from service.api.errors import NotFound
@@ -144,18 +147,36 @@ def checkpoints(
 
 
 def callable_checkpoints(store: Store, settings: Settings, job: Job) -> list[Checkpoint]:
-    """The job's checkpoints whose adapters can be called now, newest first."""
+    """The job's checkpoints that can be called now, newest first."""
+    return [row for row in store.checkpoints(job.id) if not not_callable(settings, job, row.step)]
+
+
+def not_callable(settings: Settings, job: Job, step: int) -> str | None:
+    """Why a checkpoint cannot be called; None where the base can answer with its adapter.
+
+    QLoRA's adapters are called on the base's own weights, where training had them rounded to four bits: close, and said on the wire.
+    """
     if job.model_deleted:
-        return []
-    return [row for row in store.checkpoints(job.id) if adapter_folder(settings, job, row.step).is_dir()]
+        return "the model was deleted"
+    if job.spec["method"]["type"] == "full":
+        return "every weight was trained, and only the job's chosen step becomes a model"
+    try:
+        config = json.loads((adapter_folder(settings, job, step) / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):
+        return "its adapter is gone"
+    if more := beyond_plain(config):
+        return f"its adapter is more than the shared base can answer with (`{more}`), and only the job's chosen step becomes a model"
+    return None
 
 
-def adapter_folder(settings: Settings, job: Job, step: int) -> Any:
+def adapter_folder(settings: Settings, job: Job, step: int) -> Path:
     return settings.runs / job.id / "adapters" / f"step-{step:06d}"
 
 
 def checkpoint_to_wire(row: Checkpoint, job: Job) -> dict[str, Any]:
-    return {
+    quantized = job.spec["method"]["type"] == "qlora"
+    note = {"note": "Answers on the base's own weights; training had them rounded to NF4, as the job's model has."} if quantized else {}
+    return note | {
         "id": row.id,
         "object": "fine_tuning.job.checkpoint",
         "created_at": int(row.created_at),

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.api.auth import Caller, Config, Db
-from service.api.jobs import adapter_folder, callable_checkpoints
+from service.api.jobs import adapter_folder, not_callable
 from service.settings import Settings
 from service.store import Job, Project, Store
 from trainers.catalogue import catalogue, find
@@ -25,9 +25,9 @@ CHECKPOINT = re.compile(r"(ft:.+):ckpt-step-(\d+)")
 
 @dataclass(frozen=True)
 class Target:
-    """What answers for a name: a base model's app, with an adapter or without."""
+    """What answers for a name: a base model's app, with an adapter or without, or the app of a whole tuned model."""
 
-    base: str
+    app: str
     adapter: Path | None = None
 
 
@@ -38,11 +38,17 @@ def target(store: Store, settings: Settings, project: Project, name: str) -> Tar
     step = CHECKPOINT.fullmatch(name)
     job = store.job_by_model(project.id, step[1] if step else name)
     if job is not None:
-        if step and any(row.step == int(step[2]) for row in callable_checkpoints(store, settings, job)):
-            return Target(job.base, adapter_folder(settings, job, int(step[2])))
-        record = RunDir(settings.runs / job.id).read("model.json", ModelRecord)
-        if record is not None and not step:
-            return Target(job.base, settings.runs / job.id / record.adapter)
+        run = RunDir(settings.runs / job.id)
+        if step:
+            if any(row.step == int(step[2]) for row in store.checkpoints(job.id)):
+                if why := not_callable(settings, job, int(step[2])):
+                    raise UnknownModel(f"`{name}` cannot be called: {why}.", "Call the job's model, once it has succeeded.", "model")
+                return Target(job.base, adapter_folder(settings, job, int(step[2])))
+        elif (record := run.read("model.json", ModelRecord)) is not None:
+            if record.served == "merged":
+                return Target(job.id)
+            if record.adapter is not None:
+                return Target(job.base, run.path(record.adapter))
     raise UnknownModel(f"There is no model `{name}`.", "List what there is with GET /v1/models.", "model")
 
 
@@ -67,8 +73,8 @@ def list_models(store: Db, caller: Caller) -> dict[str, Any]:
 @router.get("/{model:path}")
 def retrieve(settings: Config, store: Db, caller: Caller, model: str) -> dict[str, Any]:
     found = target(store, settings, caller, model)
-    if found.adapter is None:
-        return _base_to_wire(model, found.base, caller.created_at)
+    if not model.startswith("ft:"):
+        return _base_to_wire(model, found.app, caller.created_at)
     step = CHECKPOINT.fullmatch(model)
     job = store.job_by_model(caller.id, step[1] if step else model)
     assert job is not None  # `target` found it
@@ -84,7 +90,8 @@ def delete(settings: Config, store: Db, caller: Caller, model: str) -> dict[str,
     job = store.job_by_model(caller.id, model)
     if job is None or job.status != "succeeded":
         raise UnknownModel(f"There is no tuned model `{model}`.", "List what there is with GET /v1/models.", "model")
-    store.change(job.id, model_deleted=True)
+    store.change(job.id, model_deleted=True)  # from now on the runner unloads it
+    store.forget_app(job.id)
     for folder in ("adapters", "checkpoints", "model"):
         shutil.rmtree(settings.runs / job.id / folder, ignore_errors=True)
     return {"id": model, "object": "model", "deleted": True}

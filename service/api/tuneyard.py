@@ -27,7 +27,7 @@ LOG_BYTES = 256 * 2**10
 
 @router.get("/status")
 def status(store: Db, link: Cluster, caller: Caller) -> dict[str, Any]:
-    """Is the cluster there, what does it have, which base models are loaded, how many jobs wait."""
+    """Is the cluster there, what does it have, which models are loaded, how many jobs wait."""
     try:
         resources = {name: {"used": used, "total": total} for name, (used, total) in link.ray.resources().items()}
         cluster: dict[str, Any] = {"answers": True, "address": link.ray.address, "resources": resources}
@@ -35,7 +35,9 @@ def status(store: Db, link: Cluster, caller: Caller) -> dict[str, Any]:
         cluster = {"answers": False, "address": link.ray.address, "message": str(error)}
     mine = [job for job in store.open_jobs() if job.project_id == caller.id]
     counts = {name: sum(job.status == name for job in mine) for name in ("validating_files", "queued", "running")}
-    apps = [{"base": row.base, "status": row.status, "message": row.message} for row in store.demand()]
+    names = {job.id: job.model_name for job in (*mine, *store.tuned(caller.id))}
+    rows = [row for row in store.demand() if not row.app.startswith("ftjob-") or row.app in names]  # nobody sees another project's models
+    apps = [{"model": names.get(row.app, row.app), "status": row.status, "message": row.message} for row in rows]
     return {"object": "tuneyard.status", "project": caller.name, "cluster": cluster, "apps": apps, "jobs": counts}
 
 

@@ -67,7 +67,7 @@ SERVER = """
     temp, port, base, model_dir, token_file = sys.argv[1:]
     ray.init(address="local", num_cpus=1, include_dashboard=False, _temp_dir=temp, object_store_memory=100_000_000)
     ray_serve.start(http_options=HTTPOptions(port=int(port)))
-    ray_serve.run(build({"base": base, "model_dir": model_dir, "token_file": token_file}), name=base, route_prefix="/" + base)
+    ray_serve.run(build({"name": base, "model_dir": model_dir, "token_file": token_file}), name=base, route_prefix="/" + base)
     print("ready", flush=True)
     sys.stdin.read()  # until the test session closes it
     ray_serve.shutdown()

@@ -220,4 +220,4 @@ def test_deploy_gives_up_waiting(tiny: Path, tmp_path: Path) -> None:
 def test_application_entry() -> None:
     entry = application("tiny", Path("/models/tiny"), Path("/home/token"))
     assert entry["route_prefix"] == "/tiny" and entry["import_path"] == "serve.app:build"
-    assert json.loads(json.dumps(entry["args"])) == {"base": "tiny", "model_dir": "/models/tiny", "token_file": "/home/token"}
+    assert json.loads(json.dumps(entry["args"])) == {"name": "tiny", "model_dir": "/models/tiny", "token_file": "/home/token"}

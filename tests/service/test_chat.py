@@ -108,7 +108,7 @@ def test_a_base_answers(service: Service, client: OpenAI, upstream: Upstream, na
     assert headers["authorization"] == "Bearer " + service.settings.serve_token_file.read_text()
     assert (headers["x-tuneyard-model"], headers["x-tuneyard-adapter"]) == (name, "")
     assert body == {"model": name, "messages": HI, "temperature": 0.5}
-    assert [row.base for row in service.store.demand()] == [BASE]
+    assert [row.app for row in service.store.demand()] == [BASE]
 
 
 def test_a_tuned_model_answers_with_its_adapter(service: Service, client: OpenAI, upstream: Upstream) -> None:

@@ -1,0 +1,107 @@
+"""What Ray Serve runs: an application for each base model, and one for each whole tuned model, loaded while somebody asks for it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.fleet import Whole, kept
+from service.link import Link
+from service.settings import Settings
+from service.states import FINAL
+from service.store import Job, Store
+from trainers.catalogue import find
+from trainers.fetch import ensure
+from trainers.records import ModelRecord, RunDir
+
+DEMAND_S = 3600.0  # a model that nobody asked for in this time, and that no job needs, is unloaded
+REDEPLOY_S = 60.0  # pause before an app that failed to deploy is tried again
+
+
+class Serving:
+    """Brings Serve's applications to what jobs and requests want.
+
+    A base's app goes by its catalogue id, a whole tuned model's by its job's id.
+    """
+
+    def __init__(self, settings: Settings, store: Store, link: Link) -> None:
+        self.settings = settings
+        self.store = store
+        self.link = link
+        self._deployed: dict[str, dict[str, Any]] | None = None
+        self._deployed_at = 0.0
+        self._loaded_at: dict[str, float] = {}
+        self._folders: dict[str, Path | None] = {}
+
+    def step(self) -> None:
+        """Look once, and deploy if anything is to change."""
+        from serve.deploy import application  # here: the rest of the runner works without the serving package
+
+        now = time.time()
+        wanted = {name: application(name, folder, self.settings.serve_token_file) for name, folder in self._wanted(now).items()}
+        observed = self.link.ray.applications() if wanted or self._deployed != {} else {}
+        observed = {name: app for name, app in observed.items() if app.get("status") != "DELETING"}  # it only finishes what it has begun
+        for name in {*wanted, *(row.app for row in self.store.demand())}:
+            app = observed.get(name, {})
+            self.store.note_app(name, str(app.get("status", "")), str(app.get("message", ""))[:500])
+        failed = any(observed.get(name, {}).get("status") == "DEPLOY_FAILED" for name in wanted)
+        again = failed and now - self._deployed_at > REDEPLOY_S
+        if set(observed) != set(wanted) or (wanted and wanted != self._deployed) or again:
+            self.link.ray.deploy(list(wanted.values()), self.link.serve_host, self.link.serve_port)
+            self._deployed_at = now
+        self._deployed = wanted
+        self._loaded_at = {name: self._loaded_at.get(name, now) for name in wanted}
+
+    def _wanted(self, now: float) -> dict[str, Path]:
+        """The applications that should run, each with its model's folder."""
+        asked = {row.app: row.asked_at for row in self.store.demand(now - DEMAND_S)}
+        tuned = self.store.tuned()
+        whole: dict[str, tuple[Whole, Path]] = {}
+        bases = {app for app in asked if not app.startswith("ftjob-")}
+
+        def add(job: Job, folder: Path, needed: bool) -> None:
+            loaded_at = self._loaded_at.get(job.id, 0.0)
+            whole[job.id] = (Whole(job.id, num_bytes(folder), asked.get(job.id, 0.0), needed, loaded_at), folder)
+
+        for job in self.store.open_jobs():
+            serve, tasks = job.spec["deploy"]["serve"], job.spec["evaluate"]["tasks"]
+            if job.status in FINAL or not (serve or tasks):
+                continue
+            if tasks or not trains_whole(job):
+                bases.add(job.base)
+            if serve and job.status == "running" and (folder := whole_folder(self.settings, job)):
+                add(job, folder, needed=True)
+        self._folders = {job.id: self._folders[job.id] if job.id in self._folders else whole_folder(self.settings, job) for job in tuned}
+        for job in tuned:
+            if folder := self._folders[job.id]:
+                if job.id in asked:
+                    add(job, folder, needed=False)
+            elif job.spec["deploy"]["serve"]:
+                bases.add(job.base)
+        running = kept([model for model, _ in whole.values()], self.settings.max_model_bytes, now)
+        folders = {app: folder for app, (_, folder) in whole.items() if app in running}
+        return {id: ensure(find(id), self.settings.models) for id in sorted(bases)} | folders
+
+
+def whole_folder(settings: Settings, job: Job) -> Path | None:
+    """The folder of a job's tuned model if that answers on its own; None where an adapter answers, or nothing yet."""
+    run = RunDir(settings.runs / job.id)
+    try:
+        record = run.read("model.json", ModelRecord)
+    except ValidationError:  # damaged: it answers to nobody, and must not keep the others from being served
+        return None
+    return run.path(record.merged) if record is not None and record.served == "merged" and record.merged else None
+
+
+def trains_whole(job: Job) -> bool:
+    """Whether the job's model will answer on its own: no adapter on the shared base says it exactly."""
+    method = job.spec["method"]
+    return method["type"] != "lora" or bool(method.get("dora") or method.get("modules_to_save"))
+
+
+def num_bytes(folder: Path) -> int:
+    """Size of a model's weights; 0 where they are gone."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
