@@ -1,7 +1,8 @@
 """Checkpoints: the named state of a run, whole or not there.
 
-A checkpoint is a folder `checkpoints/step-000100-a2` (step, attempt) with safetensors and JSON in it: no pickle is written or read.
-It is made under a temporary name; MANIFEST.json, with every file's size and hash, is its last file; a rename makes it appear.
+A checkpoint is a folder `step-000100-a2` (step, attempt) with safetensors and JSON in it: no pickle is written or read. Each worker writes
+its own rows into its own shard file, beside the next steps; once all have, the leader writes MANIFEST.json with every file's size and hash,
+and with that the checkpoint exists. Any number of workers can go on from it, each reading its own rows.
 Reading checks the manifest: a damaged checkpoint is passed over, with an event, for the one before it.
 """
 
@@ -9,21 +10,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainers.errors import CheckpointError
-from trainers.records import CheckpointRecord, RunDir, checkpoint_name, parse_checkpoint_name, sync_folder
+from trainers import shards, vault
+from trainers.errors import CheckpointError, SpecError, Unavailable, UserError
+from trainers.parallel import World
+from trainers.records import CheckpointRecord, RunDir, checkpoint_name, parse_checkpoint_name, write_atomic
+from trainers.spec import CheckpointPart
+from trainers.state import SUFFIX, Image, State, shard_file
+from trainers.vault import MANIFEST, Stated, Vault
 
-MANIFEST = "MANIFEST.json"
+PROGRESS = "progress.json"
+RETRIES_S = (1.0, 4.0, 16.0)
+"""Waits between tries where storage fails."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,136 +62,533 @@ class Progress:
         return self.losses[-1] if self.losses else self.history[-1][1] if self.history else 0.0
 
 
-def save(
-    run: RunDir,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    record: CheckpointRecord,
-    adapter: Callable[[Path], None],
-) -> None:
-    """Write one checkpoint and the adapter of the same step (`adapters/step-000100`), which can be served at once."""
-    run.check_lease()
-    name = checkpoint_name(progress.step, run.attempt)
-    target, scratch = run.path("checkpoints", name), run.path("checkpoints", f".{name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in _tensors(parameters, optimizer).items()}, scratch / "state.safetensors")
-    (scratch / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    _publish_adapter(run, progress.step, adapter)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(scratch.iterdir())}
-    for path in scratch.iterdir():
-        _sync(path)
-    record = record.model_copy(update={"files": files, "attempt": run.attempt})
-    (scratch / MANIFEST).write_text(record.model_dump_json(indent=2), encoding="utf-8")
-    _sync(scratch / MANIFEST)
-    run.check_lease()
-    shutil.rmtree(target, ignore_errors=True)  # this attempt's own, from before a worker was lost
-    scratch.rename(target)
-    sync_folder(target.parent)
+# -- the manifest ------------------------------------------------------------------------------------------------------------
 
 
-def _publish_adapter(run: RunDir, step: int, adapter: Callable[[Path], None]) -> None:
-    target = run.path("adapters", adapter_name(step))
-    if target.exists():  # an attempt before this one made the same step
-        return
-    scratch = run.path("adapters", f".{adapter_name(step)}.a{run.attempt}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    adapter(scratch)
-    for path in scratch.iterdir():
-        _sync(path)
-    scratch.rename(target)
+def seal(record: CheckpointRecord) -> str:
+    """The manifest's text, which holds the hash of itself (with zeros in the hash's place): a manifest can be damaged, too."""
+    text = record.model_copy(update={"sha256": "0" * 64}).model_dump_json(indent=2)
+    return text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest())
+
+
+def unseal(content: bytes) -> CheckpointRecord:
+    """The record in a manifest. Raises ValueError where a byte of it has changed."""
+    found = re.search(rb'"sha256": "([0-9a-f]{64})"\s*}\s*$', content)
+    if found is None or hashlib.sha256(content[: found.start(1)] + b"0" * 64 + content[found.end(1) :]).hexdigest() != found[1].decode():
+        raise ValueError("its manifest has changed")
+    return CheckpointRecord.model_validate_json(content)
+
+
+def read_manifest(folder: Path, verify: bool = False) -> CheckpointRecord:
+    """The folder's record; with `verify`, after checking every file's size and hash. Raises CheckpointError."""
+    place = vault.Folder(folder.parent)
+    record = _manifest(place, folder.name)
+    if verify:
+        _verify(place, folder.name, record.files)
+    return record
+
+
+def _manifest(place: Vault, name: str) -> CheckpointRecord:
+    try:
+        return unseal(vault.read(place, name, MANIFEST))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{name} has no readable manifest.") from None
+
+
+def _verify(place: Vault, name: str, files: dict[str, Stated]) -> None:
+    for file, stated in files.items():
+        try:
+            source = place.open(name, file)
+            whole = source.size == stated["bytes"] and vault.digest(source) == stated["sha256"]
+        except OSError:
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{name}/{file} does not match its manifest.")
+
+
+def _readable(place: Vault) -> dict[str, CheckpointRecord]:
+    """Checkpoints whose manifest can be read, oldest first: one that was damaged must not stop the run that went on without it."""
+    found: dict[str, CheckpointRecord] = {}
+    for name in _ordered(place.names()):
+        with suppress(CheckpointError):
+            found[name] = _manifest(place, name)
+    return found
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Those that name a checkpoint, by step, then attempt."""
+    return sorted((n for n in names if parse_checkpoint_name(n)), key=lambda n: parse_checkpoint_name(n) or (0, 0))
+
+
+# -- which to keep, which to use ---------------------------------------------------------------------------------------------
+
+
+def best(run: RunDir, part: CheckpointPart | None = None) -> CheckpointRecord | None:
+    """The manifest with the lowest validation loss; without validation, the last one."""
+    return _best(list(_readable(vault.at(run, part or CheckpointPart())).values()))
+
+
+def _best(records: list[CheckpointRecord]) -> CheckpointRecord | None:
+    judged = [r for r in records if r.valid_loss is not None]
+    return min(judged, key=lambda r: (r.valid_loss, -r.step)) if judged else (records[-1] if records else None)  # type: ignore[return-value]
+
+
+def prune(place: Vault, keep_last: int, keep_best: bool, proven: Collection[str] = (), damaged: Collection[str] = ()) -> list[str]:
+    """Delete checkpoints beyond the newest `keep_last` (and the best); returns their names. Adapters stay: they are small, and callable.
+
+    Only whole ones that are not known to be `damaged` count, and nothing is deleted unless one that stays is good: it is in `proven`, or
+    is read and hashed now.
+    """
+    place = vault.at(place, CheckpointPart()) if isinstance(place, RunDir) else place  # until trainers.train uses Checkpointer
+    present = _readable(place)
+    whole = [n for n, record in present.items() if n not in damaged and _sizes_match(place, n, record)]
+    kept = set(whole[-keep_last:])
+    if keep_best and (winner := _best([present[n] for n in whole])):
+        kept |= {n for n in whole if present[n] is winner}
+    if not any(n in proven or _is_good(place, n, present[n]) for n in _ordered(kept)[::-1]):
+        return []
+    doomed = [n for n in present if n not in kept]
+    for name in doomed:
+        place.delete(name)
+    return doomed
+
+
+def _sizes_match(place: Vault, name: str, record: CheckpointRecord) -> bool:
+    present = place.files(name)
+    return all(present.get(file) == stated["bytes"] for file, stated in record.files.items())
+
+
+def _is_good(place: Vault, name: str, record: CheckpointRecord) -> bool:
+    try:
+        _verify(place, name, record.files)
+    except CheckpointError:
+        return False
+    return True
+
+
+def fetch(run: RunDir, part: CheckpointPart, step: int) -> Path:
+    """A local folder with the checkpoint of `step`, verified. Where it lies elsewhere it is copied to `checkpoints/.fetched` of the run
+    directory, which the caller may delete. Raises CheckpointError where no attempt's is whole."""
+    place = vault.at(run, part)
+    problem = "there is none"
+    for name in reversed([n for n in _ordered(place.names()) if n.startswith(checkpoint_name(step, 0)[:-1])]):
+        try:
+            record = _manifest(place, name)
+            if isinstance(place, vault.Folder):
+                _verify(place, name, record.files)
+                return place.root / name
+            local = vault.Folder(run.path("checkpoints", ".fetched"))
+            with suppress(CheckpointError):
+                _verify(local, name, record.files)
+                return local.root / name
+            vault.copy(place, local, name, record.files)
+            _verify(local, name, record.files)
+            return local.root / name
+        except CheckpointError as error:
+            problem = str(error).rstrip(".")
+    raise CheckpointError(f"The checkpoint of step {step} cannot be used: {problem}.", "Train again, or use another step.")
+
+
+def folders(run: RunDir) -> list[Path]:
+    """Checkpoints in the run directory by step, then attempt, oldest first. What lacks a manifest is none."""
+    place = vault.Folder(run.path("checkpoints"))
+    return [place.root / n for n in _ordered(place.names()) if (place.root / n / MANIFEST).exists()]
 
 
 def adapter_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def restore(run: RunDir, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> Progress:
-    """Load the newest whole checkpoint into parameters and optimizer; a fresh Progress where there is none."""
+# -- one worker's view -------------------------------------------------------------------------------------------------------
+
+
+class _Task(threading.Thread):
+    """A thread whose error is kept for whoever waits for it."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__(daemon=True, name="checkpoint")
+        self.act = act
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.act()
+        except BaseException as error:
+            self.error = error
+
+
+@dataclass
+class _Save:
+    """A checkpoint on its way."""
+
+    name: str
+    step: int
+    state: dict[str, Tensor]
+    progress: str
+    """progress.json."""
+    record: CheckpointRecord
+    adapter: Callable[[Path], None] | None
+    copied: threading.Event = field(default_factory=threading.Event)
+    began: float = field(default_factory=time.perf_counter)
+    stall_s: float = 0.0
+    """How long the loop has stood still for it on this worker."""
+
+
+class Checkpointer:
+    """Reads and writes the checkpoints of one run, as one worker of it. All workers make the same calls in the same order.
+
+    Of a step: `written()` (its answer travels in the step's all-reduce), `wait_copied()`, the optimizer, `settle(...)`, and now and then
+    `begin(...)`.
+    """
+
+    def __init__(self, run: RunDir, world: World, part: CheckpointPart) -> None:
+        """Raises SpecError where `part.to` is no place."""
+        self.run, self.world, self.part = run, world, part
+        self.vault = vault.at(run, part)
+        self._leader = world.rank == 0
+        self._events = RunDir(run.root, run.attempt, f"checkpoint{world.rank}")  # the loop writes its own from another thread
+        self._image = Image()
+        self._pending: _Save | None = None
+        self._voted: _Save | None = None
+        self._writing: _Task | None = None
+        self._publishing: _Task | None = None
+        self._saved_step = 0
+        self._proven: set[str] = set()  # good: written or verified by us
+        self._damaged: set[str] = set()
+
+    # -- reading
+
+    def restore(self, targets: dict[str, Tensor], say: Callable[[str], None]) -> Progress:
+        """Fill the targets from the newest whole checkpoint, each worker its own rows; a fresh Progress where there is none.
+
+        A collective. `say` gets a line for each checkpoint that is passed over. Raises CheckpointError where a checkpoint is whole but
+        not of these targets, SpecError where checkpoints cannot be written at all, Unavailable where storage does not answer.
+        """
+        candidates = self._together(lambda: self._candidates(say) if self._leader else [])
+        while name := self._proposed(candidates):
+            damage = self._together(lambda name=name: self._damage(name))
+            found = torch.tensor([damage is not None], dtype=torch.int64, device=self.world.device)
+            self.world.sum_([found])
+            if not found.item():
+                break
+            if self._leader:
+                self._damaged.add(candidates.pop())
+                say(f"Checkpoint {name} is damaged ({damage or 'as another worker found'}); going back to the one before it.")
+        if not name:
+            return Progress()
+        progress = self._together(lambda: self._load(name, targets))
+        self._saved_step = progress.step
+        self._proven = {name}
+        return progress
+
+    def _candidates(self, say: Callable[[str], None]) -> list[str]:
+        """Checkpoints, oldest first, after what was left unfinished is removed."""
+        if self.part.to is not None:
+            self.vault.check()
+        names = _ordered(self.vault.names())
+        unfinished = [n for n in names if MANIFEST not in self.vault.files(n)]
+        for name in unfinished:
+            if (parse_checkpoint_name(name) or (0, 0))[1] <= self.run.attempt:
+                say(f"Checkpoint {name} was never finished; it is removed.")
+                self.vault.delete(name)
+        return [n for n in names if n not in unfinished]
+
+    def _proposed(self, candidates: list[str]) -> str:
+        """The leader's newest candidate, on every worker: their views of a shared folder may differ for a while."""
+        key = parse_checkpoint_name(candidates[-1]) if candidates else None
+        told = torch.tensor([1, *key] if key else [0, 0, 0], dtype=torch.int64, device=self.world.device)
+        self.world.sum_([told])
+        there, step, attempt = told.tolist()
+        return checkpoint_name(step, attempt) if there else ""
+
+    def _damage(self, name: str) -> CheckpointError | None:
+        """What is wrong with this worker's share of a checkpoint's files."""
+        try:
+            files = _manifest(self.vault, name).files
+            _verify(self.vault, name, {f: files[f] for f in sorted(files)[self.world.rank :: self.world.size]})
+        except CheckpointError as error:
+            return error
+        return None
+
+    def _load(self, name: str, targets: dict[str, Tensor]) -> Progress:
+        files = _manifest(self.vault, name).files
+        state = State({file: self.vault.open(name, file) for file in sorted(files) if file.endswith(SUFFIX)})
+        parts = {key: shards.part(tensor, self.world.rank) for key, tensor in targets.items()}
+        for key, mine in parts.items():
+            if key not in state.names() or (state.shape(key), state.dtype(key)) != (mine.shape, mine.local.dtype):
+                raise CheckpointError(f"{name} does not hold this run's {key}.", "The job or the code has changed since: start a new job.")
+        with torch.no_grad():
+            for key in state.names():
+                if key in parts and parts[key].local.numel():
+                    _fill(parts[key], state, key)
+        known = {f.name for f in fields(Progress)}
+        told = json.loads(vault.read(self.vault, name, PROGRESS))
+        return Progress(**{key: value for key, value in told.items() if key in known})
+
+    # -- writing
+
+    def begin(self, state: dict[str, Tensor], progress: Progress, record: CheckpointRecord, adapter: Callable[[Path], None] | None) -> None:
+        """Start to save, and go on at once (after the checkpoint before, where that is still on its way).
+
+        A thread copies this worker's parts of `state` to host memory; until `wait_copied` nothing may change them. Then it writes them,
+        and the leader's calls `adapter(folder)`: what that writes must be copies already. Raises what `settle` raises.
+        """
+        started = time.perf_counter()
+        if self._pending is not None:
+            self.finish()
+        if progress.step == self._saved_step:  # saved or restored just now: a good checkpoint is never written over
+            return
+        self._told(self._publishing)
+        self._saved_step = progress.step
+        record = record.model_copy(update={"attempt": self.run.attempt, "world_size": self.world.size})
+        save = _Save(checkpoint_name(progress.step, self.run.attempt), progress.step, state, json.dumps(asdict(progress)), record, adapter)
+        self._pending = save
+        on_device = _after_now(self.world.device)
+        self._writing = _Task(lambda: self._work(save, on_device))
+        save.stall_s += time.perf_counter() - started
+
+    def wait_copied(self) -> None:
+        """Wait until the state may change. Raises what stopped the copy."""
+        if self._pending is not None and not self._pending.copied.is_set():
+            started = time.perf_counter()
+            self._pending.copied.wait()
+            self._pending.stall_s += time.perf_counter() - started
+
+    def written(self) -> bool:
+        """This worker's vote: nothing is on its way, or its part is durable."""
+        self._voted = self._pending
+        return self._pending is None or (self._writing is not None and not self._writing.is_alive() and self._writing.error is None)
+
+    def settle(self, all_written: bool) -> None:
+        """With every worker's vote: the leader publishes, tells and prunes, in a thread.
+
+        Raises what went wrong since: Fenced where a later attempt holds the lease, Unavailable where storage failed again and again. The
+        checkpoints before are left as they are.
+        """
+        if self._writing is not None and not self._writing.is_alive():
+            self._told(self._writing)
+        if self._publishing is not None and not self._publishing.is_alive():
+            self._told(self._publishing)
+        if all_written and self._pending is not None and self._pending is self._voted:
+            self._publish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint on its way is published; a collective. Raises what `settle` raises, on every worker."""
+        self._together(lambda: self._told(self._writing))
+
+        def publish() -> None:
+            self._publish()
+            self._told(self._publishing)
+
+        self._together(publish)
+
+    def _publish(self) -> None:
+        save, self._pending = self._pending, None
+        if self._leader and save is not None:
+            self._told(self._publishing)
+            self._publishing = _Task(lambda: self._make_public(save))
+
+    def _work(self, save: _Save, on_device: Callable[[], Any]) -> None:
+        """The writing thread."""
+        try:
+            with on_device(), torch.no_grad():
+                parts = {key: shards.part(tensor, self.world.rank) for key, tensor in save.state.items()}
+                mine = {key: p for key, p in parts.items() if p.writes}
+                self._image.take(mine)
+        finally:
+            save.state = {}
+            save.copied.set()
+        try:
+            self._patiently(save, lambda: self._write(save, bool(mine)))
+        except Unavailable:  # of a full disk, give back what was taken; the rest goes when the job is started again
+            with suppress(OSError, Unavailable):
+                self.vault.remove(save.name, shard_file(self.world.rank))
+            raise
+
+    def _write(self, save: _Save, has_shard: bool) -> None:
+        self.run.check_lease()
+        files: dict[str, Stated] = {}
+        if self._leader:
+            self.vault.remove(save.name, MANIFEST)  # this attempt's own and damaged, from before a worker was lost
+            files[PROGRESS] = self.vault.write(save.name, PROGRESS, save.progress.encode())
+        if has_shard:
+            file = shard_file(self.world.rank)
+            files[file] = self.vault.write(save.name, file, self._image.content)
+        if self._leader and save.adapter is not None:
+            publish_adapter(self.run, save.step, save.adapter)
+        self.vault.write(save.name, _note(self.world.rank), json.dumps(files).encode())
+
+    def _make_public(self, save: _Save) -> None:
+        """The leader's thread, once all have written their parts."""
+        record = self._patiently(save, lambda: self._write_manifest(save))
+        self._proven = {save.name}
+        told = f", validation loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
+        self._events.event(
+            f"Checkpoint at step {record.step}: training loss {record.train_loss:.4f}{told}.",
+            stall_s=round(save.stall_s, 3),
+            written_s=round(time.perf_counter() - save.began, 3),
+            bytes=sum(int(stated["bytes"]) for stated in record.files.values()),
+        )
+        try:
+            self._tidy(save.name, record)
+        except (OSError, Unavailable) as error:  # the next one tries again
+            self._events.event(f"Old checkpoints could not be deleted: {_why(error)}.", "warn")
+
+    def _write_manifest(self, save: _Save) -> CheckpointRecord:
+        files: dict[str, Stated] = {}
+        for rank in range(self.world.size):
+            files |= json.loads(vault.read(self.vault, save.name, _note(rank)))
+        record = save.record.model_copy(update={"files": dict(sorted(files.items()))})
+        if not _sizes_match(self.vault, save.name, record):
+            raise OSError("files that were written are not there")
+        text = seal(record)
+        self.run.check_lease()
+        self.vault.write(save.name, MANIFEST, text.encode())
+        if self.part.to is not None:  # the service looks into the run directory
+            write_atomic(self.run.path("checkpoints", save.name, MANIFEST), text)
+        return record
+
+    def _tidy(self, name: str, record: CheckpointRecord) -> None:
+        for file in set(self.vault.files(name)) - {*record.files, MANIFEST}:
+            self.vault.remove(name, file)
+        for old in prune(self.vault, self.part.keep_last, self.part.keep_best, self._proven, self._damaged):
+            if self.part.to is not None:
+                shutil.rmtree(self.run.path("checkpoints", old), ignore_errors=True)
+
+    # -- what can go wrong
+
+    def _patiently(self, save: _Save, act: Callable[[], T]) -> T:
+        """Try again where storage fails; raise Unavailable when that does not help."""
+        for wait_s in RETRIES_S:
+            try:
+                return act()
+            except (OSError, Unavailable) as error:
+                with suppress(OSError):
+                    self._events.event(
+                        f"Writing the checkpoint of step {save.step} failed ({_why(error)}); trying again in {wait_s:g} s.", "warn"
+                    )
+            time.sleep(wait_s)
+        try:
+            return act()
+        except (OSError, Unavailable) as error:
+            raise Unavailable(
+                f"The checkpoint of step {save.step} could not be written to {self.vault.where}: {_why(error)}.",
+                "Free or mend that storage; the job then goes on from the checkpoint before, which is kept.",
+            ) from error
+
+    def _told(self, task: _Task | None) -> None:
+        """Wait for a thread and raise what it met."""
+        if task is not None:
+            task.join()
+            if task.error is not None:
+                raise task.error
+
+    def _together(self, act: Callable[[], T]) -> T:
+        """What `act` returns; where it raises on one worker, all raise. A collective."""
+        error: Exception | None = None
+        result: T | None = None
+        try:
+            result = act()
+        except Exception as caught:
+            error = caught
+        failed = torch.tensor([error is not None, isinstance(error, UserError)], dtype=torch.int64, device=self.world.device)
+        self.world.sum_([failed])
+        if error is not None:
+            raise error
+        if failed[0]:
+            kind = SpecError if failed[1] else Unavailable
+            raise kind(f"Another worker could not use the checkpoints in {self.vault.where}.", "Its own error says why.")
+        return result  # type: ignore[return-value]
+
+
+def publish_adapter(run: RunDir, step: int, adapter: Callable[[Path], None]) -> None:
+    """`adapters/step-000100`, whole or not there; it can be served at once."""
+    target = run.path("adapters", adapter_name(step))
+    if target.exists():  # an attempt before this one made the same step
+        return
+    scratch = run.path("adapters", f".{adapter_name(step)}.a{run.attempt}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    adapter(scratch)
+    vault.sync(scratch)
+    scratch.rename(target)
+    vault.sync(target.parent)
+
+
+def _why(error: OSError | Unavailable) -> str:
+    told = error.message if isinstance(error, Unavailable) else error.strerror or str(error)
+    return told.rstrip(".")
+
+
+def _note(rank: int) -> str:
+    """The file in which a worker tells the leader what it wrote."""
+    return f"shard-{rank + 1:05d}.json"
+
+
+def _fill(mine: shards.Part, state: State, key: str) -> None:
+    if not mine.shape:
+        mine.local.copy_(state.read(key))
+        return
+    rows = state.read(key, mine.offset[0], mine.offset[0] + mine.local.shape[0])
+    columns = tuple(slice(o, o + n) for o, n in zip(mine.offset[1:], mine.local.shape[1:], strict=True))
+    mine.local.copy_(rows[(slice(None), *columns)])
+
+
+def _after_now(device: str) -> Callable[[], Any]:
+    """A context for another thread, in which copies from a GPU see what has been asked of it up to now, and wait for nothing later."""
+    if not device.startswith("cuda"):
+        return nullcontext
+    index, done = torch.cuda.current_device(), torch.cuda.Event()
+    done.record()
+
+    def enter() -> Any:
+        torch.cuda.set_device(index)
+        stream = torch.cuda.Stream()
+        stream.wait_event(done)
+        return torch.cuda.stream(stream)
+
+    return enter
+
+
+# -- until trainers.train uses Checkpointer ------------------------------------------------------------------------------------
+
+
+def save(run, parameters, optimizer, progress, record, adapter) -> None:  # type: ignore[no-untyped-def]
+    from safetensors.torch import save_file
+
+    run.check_lease()
+    name = checkpoint_name(progress.step, run.attempt)
+    place = vault.Folder(run.path("checkpoints"))
+    place.delete(name)
+    folder = run.path("checkpoints", name)
+    folder.mkdir(parents=True)
+    tensors = {f"model.{n}": p.detach() for n, p in parameters.items()}
+    for n, p in parameters.items():
+        tensors |= {f"optimizer.{n}.{slot}": value for slot, value in optimizer.state[p].items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+    place.write(name, PROGRESS, json.dumps(asdict(progress)).encode())
+    publish_adapter(run, progress.step, adapter)
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": vault.digest(vault.LocalFile(p))} for p in sorted(folder.iterdir())}
+    record = record.model_copy(update={"files": files, "attempt": run.attempt})
+    run.check_lease()
+    place.write(name, MANIFEST, seal(record).encode())
+
+
+def restore(run, parameters, optimizer, say) -> Progress:  # type: ignore[no-untyped-def]
+    from safetensors.torch import load_file
+
     for folder in reversed(folders(run)):
         try:
             read_manifest(folder, verify=True)
-            tensors = load_file(folder / "state.safetensors")
-            progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-        except (CheckpointError, OSError, ValueError) as error:
+        except CheckpointError as error:
             say(f"Checkpoint {folder.name} is damaged ({error}); going back to the one before it.")
             continue
-        _load(tensors, parameters, optimizer)
-        return progress
+        tensors = load_file(folder / "state.safetensors")
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(tensors[f"model.{name}"])
+                prefix = f"optimizer.{name}."
+                slots = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                optimizer.state[p] = {s: v.clone() if v.dim() == 0 else v.to(p.device).clone() for s, v in slots.items()}
+        return Progress(**json.loads((folder / PROGRESS).read_text()))
     return Progress()
-
-
-def folders(run: RunDir) -> list[Path]:
-    """Checkpoints by step, then attempt, oldest first. What lacks a manifest is none."""
-    found = [(parse_checkpoint_name(p.name), p) for p in run.path("checkpoints").glob("step-*")]
-    return [p for key, p in sorted((key, p) for key, p in found if key is not None) if (p / MANIFEST).exists()]
-
-
-def read_manifest(folder: Path, verify: bool = False) -> CheckpointRecord:
-    """The folder's record; with `verify`, after checking every file's size and hash. Raises CheckpointError."""
-    try:
-        record = CheckpointRecord.model_validate_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder.name} has no readable manifest.") from None
-    for name, stated in record.files.items() if verify else ():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != stated["bytes"] or _digest(path) != stated["sha256"]:
-            raise CheckpointError(f"{folder.name}/{name} does not match its manifest.")
-    return record
-
-
-def best(run: RunDir) -> CheckpointRecord | None:
-    """The manifest with the lowest validation loss; without validation, the last one."""
-    records = list(_readable(run).values())
-    judged = [r for r in records if r.valid_loss is not None]
-    return min(judged, key=lambda r: (r.valid_loss, -r.step)) if judged else (records[-1] if records else None)  # type: ignore[return-value]
-
-
-def prune(run: RunDir, keep_last: int, keep_best: bool) -> None:
-    """Delete full checkpoints beyond the newest `keep_last` (and the best). Adapters stay: they are small and callable."""
-    present = _readable(run)
-    kept = set(list(present)[-keep_last:])
-    winner = best(run) if keep_best else None
-    for folder, record in present.items():
-        if folder not in kept and not (winner and (record.step, record.attempt) == (winner.step, winner.attempt)):
-            doomed = folder.with_name(f".{folder.name}.old")  # renamed first, so that no half-deleted checkpoint can be seen
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
-
-
-def _readable(run: RunDir) -> dict[Path, CheckpointRecord]:
-    """Checkpoints whose manifest can be read, oldest first: one that was damaged must not stop the run that went on without it."""
-    found: dict[Path, CheckpointRecord] = {}
-    for folder in folders(run):
-        with suppress(CheckpointError):
-            found[folder] = read_manifest(folder)
-    return found
-
-
-def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flat names: `model.{parameter}` and `optimizer.{parameter}.{slot}`."""
-    out = {f"model.{name}": p.detach() for name, p in parameters.items()}
-    for name, parameter in parameters.items():
-        out |= {f"optimizer.{name}.{slot}": value for slot, value in optimizer.state[parameter].items()}
-    return out
-
-
-def _load(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            prefix = f"optimizer.{name}."
-            slots = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            # AdamW counts its steps in a CPU scalar; the moments live where the parameter does.
-            optimizer.state[parameter] = {s: v.clone() if v.dim() == 0 else v.to(parameter.device).clone() for s, v in slots.items()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

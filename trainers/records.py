@@ -199,6 +199,8 @@ class CheckpointRecord(Record):
     train_accuracy: float
     valid_loss: float | None = None
     valid_accuracy: float | None = None
+    sha256: str = ""
+    """Of the manifest itself, with zeros in this place."""
 
 
 class TrainRecord(Record):
