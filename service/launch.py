@@ -69,7 +69,7 @@ def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir) -> OutcomeRecord:
     if trained.status == "failed":
         return OutcomeRecord(status="failed", error=trained.error)
 
-    model = merge_stage(spec, base, model_dir, trained, run)
+    model = merge_stage(spec, base, model_dir, prepared, trained, run)
     if spec.deploy.serve and order.serve_url is not None:
         deploy_stage(order, model_dir, model, run)
         evaluate_stage(spec, order, model, run)
@@ -97,15 +97,22 @@ def train_stage(spec: JobSpec, model_dir: Path, prepared: PrepareRecord, run: Ru
     return train_on_ray(spec, model_dir, Path(prepared.store), run, place)
 
 
-def merge_stage(spec: JobSpec, base: Base, model_dir: Path, trained: TrainRecord, run: RunDir) -> ModelRecord:
-    from trainers import merge  # after training: torch is heavy, and this process only waits until here
+def merge_stage(spec: JobSpec, base: Base, model_dir: Path, prepared: PrepareRecord, trained: TrainRecord, run: RunDir) -> ModelRecord:
+    from trainers import export, merge  # after training: torch is heavy, and this process only waits until here
 
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= 1 or done == total:
+            shown = time.monotonic()
+            run.progress("merge", done=done, total=total)
+
+    shown = time.monotonic()
     run.progress("merge")
     step = trained.best_step or trained.step
-    record = merge.merge(run, base.id, model_dir, step, merge.probes(_chat(model_dir, run)), write=spec.export.merge)
-    told = f"; merged, it is {record.kl:.1g} nats from base + adapter (the adapter's effect: {record.effect:.1g})" if record.merged else ""
-    run.event(f"Model of step {step} is ready{told}.")
-    return record
+    prompts = merge.probes(_chat(model_dir, run), Path(prepared.store))
+    record = merge.merge(run, spec, base.id, model_dir, step, prompts, show)
+    run.event(merge.told(spec, record))
+    return export.export_all(run, spec, record, show)
 
 
 def deploy_stage(order: LaunchOrder, model_dir: Path, model: ModelRecord, run: RunDir) -> None:

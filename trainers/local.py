@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 
-from trainers import merge, resolve
+from trainers import export, merge, resolve
 from trainers.catalogue import find_any
 from trainers.chat import Chat
 from trainers.errors import TuneyardError
@@ -61,9 +61,11 @@ def run_local(spec: JobSpec, folder: Path, stores: Path) -> TrainRecord:
     )
     if world.rank == 0:
         run.write("train.json", record)
-        if record.status == "finished" and record.best_step is not None and spec.export.merge:
+        if record.status == "finished" and record.best_step is not None:
             chat = Chat.load(model_dir, run.path(TEMPLATE_FILE).read_text(encoding="utf-8"))  # what the examples were rendered with
-            merge.merge(run, base.id, model_dir, record.best_step, merge.probes(chat))
+            made = merge.merge(run, spec, base.id, model_dir, record.best_step, merge.probes(chat, store))
+            print(merge.told(spec, made), flush=True)
+            export.export_all(run, spec, made)
     return record
 
 
