@@ -34,18 +34,19 @@ class Serving:
         self._deployed: dict[str, dict[str, Any]] | None = None
         self._deployed_at = 0.0
         self._loaded_at: dict[str, float] = {}
-        self._folders: dict[str, Path | None] = {}
 
     def step(self) -> None:
         """Look once, and deploy if anything is to change."""
         from serve.deploy import application  # here: the rest of the runner works without the serving package
 
         now = time.time()
-        wanted = {name: application(name, folder, self.settings.serve_token_file) for name, folder in self._wanted(now).items()}
+        folders = self._wanted(now)
+        gone = {name for name, folder in folders.items() if not num_bytes(folder)}  # Serve would take minutes to find that out
+        wanted = {name: application(name, folder, self.settings.serve_token_file) for name, folder in folders.items() if name not in gone}
         observed = self.link.ray.applications() if wanted or self._deployed != {} else {}
         observed = {name: app for name, app in observed.items() if app.get("status") != "DELETING"}  # it only finishes what it has begun
         for name in {*wanted, *(row.app for row in self.store.demand())}:
-            app = observed.get(name, {})
+            app = {"status": "DEPLOY_FAILED", "message": "its weights are gone"} if name in gone else observed.get(name, {})
             self.store.note_app(name, str(app.get("status", "")), str(app.get("message", ""))[:500])
         failed = any(observed.get(name, {}).get("status") == "DEPLOY_FAILED" for name in wanted)
         again = failed and now - self._deployed_at > REDEPLOY_S
@@ -58,7 +59,6 @@ class Serving:
     def _wanted(self, now: float) -> dict[str, Path]:
         """The applications that should run, each with its model's folder."""
         asked = {row.app: row.asked_at for row in self.store.demand(now - DEMAND_S)}
-        tuned = self.store.tuned()
         whole: dict[str, tuple[Whole, Path]] = {}
         bases = {app for app in asked if not app.startswith("ftjob-")}
 
@@ -68,16 +68,15 @@ class Serving:
 
         for job in self.store.open_jobs():
             serve, tasks = job.spec["deploy"]["serve"], job.spec["evaluate"]["tasks"]
-            if job.status in FINAL or not (serve or tasks):
+            if job.status in (*FINAL, "paused") or not (serve or tasks):
                 continue
-            if tasks or not trains_whole(job):
+            if tasks or not answers_alone(job):
                 bases.add(job.base)
             if serve and job.status == "running" and (folder := whole_folder(self.settings, job)):
                 add(job, folder, needed=True)
-        self._folders = {job.id: self._folders[job.id] if job.id in self._folders else whole_folder(self.settings, job) for job in tuned}
-        for job in tuned:
-            if folder := self._folders[job.id]:
-                if job.id in asked:
+        for job in self.store.tuned():
+            if answers_alone(job):
+                if job.id in asked and (folder := whole_folder(self.settings, job)):
                     add(job, folder, needed=False)
             elif job.spec["deploy"]["serve"]:
                 bases.add(job.base)
@@ -88,6 +87,8 @@ class Serving:
 
 def whole_folder(settings: Settings, job: Job) -> Path | None:
     """The folder of a job's tuned model if that answers on its own; None where an adapter answers, or nothing yet."""
+    if not answers_alone(job):
+        return None  # asked for every job, again and again: most need no look at a file
     run = RunDir(settings.runs / job.id)
     try:
         record = run.read("model.json", ModelRecord)
@@ -96,8 +97,8 @@ def whole_folder(settings: Settings, job: Job) -> Path | None:
     return run.path(record.merged) if record is not None and record.served == "merged" and record.merged else None
 
 
-def trains_whole(job: Job) -> bool:
-    """Whether the job's model will answer on its own: no adapter on the shared base says it exactly."""
+def answers_alone(job: Job) -> bool:
+    """Whether the job's model answers on its own, once there is one: no adapter on the shared base says it exactly."""
     method = job.spec["method"]
     return method["type"] != "lora" or bool(method.get("dora") or method.get("modules_to_save"))
 

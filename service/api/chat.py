@@ -58,6 +58,7 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
         if not waits:
             waits = True
             await run_in_threadpool(store.ask_for, found.app, 0.0)  # it was unloaded: now it is the one that was asked last
+            link.changed.set()
         status, message = await run_in_threadpool(store.app_status, found.app)
         if status == "DEPLOY_FAILED":
             raise Unavailable(f"`{name}` cannot be loaded: {message}", "See the serving log of the cluster.", "model")

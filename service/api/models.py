@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.api.auth import Caller, Config, Db
+from service.api.auth import Caller, Cluster, Config, Db
 from service.api.jobs import adapter_folder, not_callable
 from service.settings import Settings
 from service.store import Job, Project, Store
@@ -46,6 +46,9 @@ def target(store: Store, settings: Settings, project: Project, name: str) -> Tar
                 return Target(job.base, adapter_folder(settings, job, int(step[2])))
         elif (record := run.read("model.json", ModelRecord)) is not None:
             if record.served == "merged":
+                if record.merged is None:
+                    why = "only the whole model says it exactly, and the job wrote none"
+                    raise UnknownModel(f"`{name}` cannot be called: {why}.", "Leave `deploy.serve` or `export.merge` on.", "model")
                 return Target(job.id)
             if record.adapter is not None:
                 return Target(job.base, run.path(record.adapter))
@@ -82,7 +85,7 @@ def retrieve(settings: Config, store: Db, caller: Caller, model: str) -> dict[st
 
 
 @router.delete("/{model:path}")
-def delete(settings: Config, store: Db, caller: Caller, model: str) -> dict[str, Any]:
+def delete(settings: Config, store: Db, link: Cluster, caller: Caller, model: str) -> dict[str, Any]:
     """Forget a tuned model and remove its weights; the job and its records stay."""
     if not model.startswith("ft:"):
         target(store, settings, caller, model)
@@ -92,6 +95,7 @@ def delete(settings: Config, store: Db, caller: Caller, model: str) -> dict[str,
         raise UnknownModel(f"There is no tuned model `{model}`.", "List what there is with GET /v1/models.", "model")
     store.change(job.id, model_deleted=True)  # from now on the runner unloads it
     store.forget_app(job.id)
-    for folder in ("adapters", "checkpoints", "model"):
+    link.changed.set()
+    for folder in ("adapters", "checkpoints", "model", "exports"):
         shutil.rmtree(settings.runs / job.id / folder, ignore_errors=True)
     return {"id": model, "object": "model", "deleted": True}

@@ -194,6 +194,12 @@ def test_deploy_writes_its_record_once_the_name_answers(served, tiny: Path, tmp_
     assert stored is not None and stored.first_answer_s == record.first_answer_s and stored.attempt == 1
 
 
+def test_a_whole_model_is_asked_as_it_is(served, tiny: Path, tmp_path: Path) -> None:
+    run, model = run_with("adapters/not-there", tmp_path)  # a QLoRA's, say: what answers is the merged model
+    record = deploy(run, model.model_copy(update={"served": "merged"}), "ft:tiny:whole", served.url, served.token, Chat.load(tiny))
+    assert record.model == "ft:tiny:whole"
+
+
 def test_deploy_refuses_a_server_that_reads_otherwise(served, tiny: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     template = (other / "chat_template.jinja").read_text().replace("Be helpful.", "Be kind.")

@@ -130,6 +130,13 @@ def test_requests_say_what_the_serving_app_needs(tmp_path: Path, peer: tuple[Pee
     assert [m["role"] for m in body["messages"]] == ["system", "user"]  # never the reference
 
 
+def test_a_model_with_an_app_of_its_own_is_asked_there(tmp_path: Path, peer: tuple[Peer, Endpoint]) -> None:
+    endpoint = Endpoint("http://127.0.0.1:9/m", TOKEN, backoff_s=0.0)  # nobody is here
+    with pytest.raises(Unavailable, match="base answered none"):
+        evaluate(RunDir(tmp_path / "run"), [task(tmp_path, ["2"])], endpoint, BASE, Model("ft:whole", url=peer[1].url))
+    assert [headers["x-tuneyard-model"] for headers, _ in peer[0].requests] == ["ft:whole"]
+
+
 def test_a_busy_endpoint_is_asked_again(tmp_path: Path, peer: tuple[Peer, Endpoint]) -> None:
     record = evaluate(RunDir(tmp_path / "run"), [task(tmp_path, ["flaky 2", "4"])], peer[1], BASE, TUNED)
     assert record.tasks[0].base["json_match"] == record.tasks[0].tuned["json_match"] == 1.0

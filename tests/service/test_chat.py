@@ -23,25 +23,28 @@ from starlette.routing import Route
 from cluster.local import free_ports
 from cluster.ray_rest import RayRest
 from service.link import Link
+from service.store import Checkpoint, new_id
 from trainers.records import ModelRecord, RunDir
 
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
 class Upstream:
-    """In the place of Ray Serve with one app: keeps what it was asked, and answers as it is told."""
+    """In the place of Ray Serve and its apps: keeps what it was asked, and answers as it is told."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[dict[str, str], dict[str, Any]]] = []
+        self.apps: list[str] = []
         self.answer = ""
         self.closed = threading.Event()
 
     def app(self) -> Starlette:
-        return Starlette(routes=[Route(f"/{BASE}/v1/chat/completions", self.chat, methods=["POST"])])
+        return Starlette(routes=[Route("/{app}/v1/chat/completions", self.chat, methods=["POST"])])
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
         self.asked.append((dict(request.headers), body))
+        self.apps.append(request.path_params["app"])
         if self.answer == "refuse":
             return JSONResponse({"error": {"message": "no", "type": "invalid_request_error", "param": "stop", "code": "x"}}, 400)
         if self.answer == "starting":
@@ -89,14 +92,14 @@ def client(service: Service) -> OpenAI:
     return service.client("acme")
 
 
-def succeeded(service: Service, client: OpenAI) -> tuple[str, Path]:
+def succeeded(service: Service, client: OpenAI, method: dict[str, Any] | None = None, **record: Any) -> tuple[str, Path]:
     """A tuned model's name, and its adapter's folder."""
     file = client.files.create(file=("a.jsonl", b"{}\n"), purpose="fine-tune").id
-    job = client.fine_tuning.jobs.create(model=BASE, training_file=file)
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body={"job": {"method": method or {"type": "lora"}}})
     for status in ("queued", "running", "succeeded"):
         service.store.move(job.id, status, "")
     run = RunDir(service.settings.runs / job.id, 1, "driver")
-    run.write("model.json", ModelRecord(base=BASE, adapter="adapters/step-000003", merged=None, step=3))
+    run.write("model.json", ModelRecord(**{"base": BASE, "adapter": "adapters/step-000003", "merged": None, "step": 3, **record}))
     return str(client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model), run.path("adapters", "step-000003")
 
 
@@ -121,6 +124,68 @@ def test_a_tuned_model_answers_with_its_adapter(service: Service, client: OpenAI
     client.models.delete(name)
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model=name, messages=HI)
+
+
+def test_a_whole_tuned_model_answers_through_an_app_of_its_own(service: Service, client: OpenAI, upstream: Upstream) -> None:
+    name, _ = succeeded(service, client, {"type": "full"}, adapter=None, merged="model", served="merged")
+    job_id = client.fine_tuning.jobs.list().data[0].id
+    assert client.chat.completions.create(model=name, messages=HI).model == name
+    assert upstream.apps == [job_id] and upstream.asked[0][0]["x-tuneyard-adapter"] == ""
+    assert [row.app for row in service.store.demand()] == [job_id]
+    wire: Any = client.models.retrieve(name)
+    assert (wire.id, wire.base, wire.job_id) == (name, BASE, job_id)
+    with pytest.raises(openai.NotFoundError):
+        service.client("other").chat.completions.create(model=name, messages=HI)
+    client.models.delete(name)
+    assert service.store.demand() == []
+    unmerged, _ = succeeded(service, client, {"type": "full"}, adapter=None, served="merged")
+    with pytest.raises(openai.NotFoundError, match="wrote none"):
+        client.chat.completions.create(model=unmerged, messages=HI)
+
+
+def test_an_unloaded_model_that_is_asked_goes_to_the_front(service: Service, client: OpenAI, upstream: Upstream) -> None:
+    service.store.ask_for(BASE)
+    [before] = service.store.demand()
+    client.chat.completions.create(model=BASE, messages=HI)
+    assert service.store.demand()[0].asked_at == before.asked_at  # noted a moment ago
+    upstream.answer = "starting"
+    client.chat.completions.create(model=BASE, messages=HI)
+    assert service.store.demand()[0].asked_at > before.asked_at and service.link.changed.is_set()
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "why"),
+    [
+        ({"type": "lora"}, {"use_dora": False}, None),
+        ({"type": "qlora"}, {}, None),
+        ({"type": "lora", "dora": True}, {"use_dora": True}, "use_dora: True"),
+        ({"type": "lora", "modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"type": "lora"}, None, "its adapter is gone"),
+        ({"type": "full"}, None, "every weight was trained"),
+    ],
+)
+def test_only_checkpoints_that_can_be_called_are_listed(
+    service: Service, client: OpenAI, upstream: Upstream, method: dict[str, Any], config: dict[str, Any] | None, why: str | None
+) -> None:
+    name, adapter = succeeded(service, client, method, merged="model")
+    job_id = client.fine_tuning.jobs.list().data[0].id
+    service.store.add_checkpoint(
+        Checkpoint(id=new_id("ftckpt_"), job_id=job_id, step=3, created_at=0.0, metrics={"step": 3}, manifest_sha256="")
+    )
+    if config is not None:
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+    checkpoint = f"{name}:ckpt-step-3"
+    listed: Any = client.fine_tuning.jobs.checkpoints.list(job_id).data
+    if why:
+        assert listed == []
+        with pytest.raises(openai.NotFoundError, match=why):
+            client.chat.completions.create(model=checkpoint, messages=HI)
+    else:
+        assert [c.fine_tuned_model_checkpoint for c in listed] == [checkpoint]
+        assert ("note" in listed[0].to_dict()) == (method["type"] == "qlora")  # close to what was trained, not exactly that
+        client.chat.completions.create(model=checkpoint, messages=HI)
+        assert upstream.apps == [BASE] and upstream.asked[0][0]["x-tuneyard-adapter"] == str(adapter)
 
 
 def test_a_stream_comes_piece_by_piece(client: OpenAI) -> None:
