@@ -369,16 +369,66 @@ def events(
 
 
 @app.command()
-def logs(job: JobId, home: HomeOption = None) -> None:
+def logs(
+    job: JobId,
+    rank: Annotated[int | None, typer.Option(min=0, help="One training worker alone.", show_default="the driver and all workers")] = None,
+    home: HomeOption = None,
+) -> None:
     """What the newest attempt of a job printed."""
-    sys.stdout.write(_client(home).get(f"/tuneyard/jobs/{job}/logs")["text"])
+    only = "" if rank is None else f"?rank={rank}"
+    sys.stdout.write(_client(home).get(f"/tuneyard/jobs/{job}/logs{only}")["text"])
+
+
+@app.command()
+def samples(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """What the model answered at each validation, beside what it should have."""
+    found = _client(home).get(f"/tuneyard/jobs/{job}/samples")["data"]
+    if as_json:
+        _print_json(found)
+        return
+    if not found:
+        out.print("Nothing yet: the first samples come with the first validation.")
+    shown = None
+    for sample in sorted(found, key=lambda sample: (sample["example"], sample["step"])):
+        if sample["example"] != shown:
+            shown = sample["example"]
+            out.print(f"example {shown}: {_plain(sample['prompt'])}", soft_wrap=True)
+            out.print(f"  reference: {_plain(sample['reference'])}", soft_wrap=True)
+        out.print(f"  step {sample['step']}: {_plain(sample['answer'])}", soft_wrap=True)
 
 
 @app.command()
 def cancel(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Stop a job for good."""
-    cancelled = _client(home).openai.fine_tuning.jobs.cancel(job).to_dict()
-    _print_json(cancelled) if as_json else out.print(f"{cancelled['id']} is {cancelled['status']}.")
+    _told(_client(home).post(f"/fine_tuning/jobs/{job}/cancel"), as_json)
+
+
+@app.command()
+def pause(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Stop a job at its next checkpoint and free what it holds; `resume` goes on from there."""
+    _told(_client(home).post(f"/fine_tuning/jobs/{job}/pause"), as_json)
+
+
+@app.command()
+def resume(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Queue a paused job again."""
+    _told(_client(home).post(f"/fine_tuning/jobs/{job}/resume"), as_json)
+
+
+@app.command()
+def resize(
+    job: JobId,
+    workers: Annotated[int, typer.Argument(min=1, help="Training workers.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train with another number of workers from the next checkpoint on; the result is the same."""
+    detail = _client(home).post(f"/tuneyard/jobs/{job}/resize", {"workers": workers})
+    _print_json(detail) if as_json else out.print(f"{detail['id']} goes on with {detail['workers']} worker(s).")
+
+
+def _told(job: Json, as_json: bool) -> None:
+    _print_json(job) if as_json else out.print(f"{job['id']} is {job['status']}.")
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ class Client:
     def get(self, path: str) -> Json:
         return self.openai.get(path, cast_to=object)  # type: ignore[return-value]
 
+    def post(self, path: str, body: Json | None = None) -> Json:
+        return self.openai.post(path, cast_to=object, body=body)  # type: ignore[return-value]
+
     def submit(self, spec: JobSpec) -> Json:
         """Upload the files that the spec names, each once, and create the job. URLs go as they are: the cluster reads them."""
         ids: dict[str, str] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 from cluster.ray_rest import RayRest
 
@@ -12,6 +13,8 @@ class Link:
     ray: RayRest
     serve_host: str
     serve_port: int
+    changed: threading.Event = field(default_factory=threading.Event, compare=False)
+    """Set by the API when there is something for the runner to do, so that nobody waits for its next look."""
 
     def serve_url(self, app: str) -> str:
         """Where an app answers: a base's by its catalogue id, a whole tuned model's by its job's id."""

@@ -17,6 +17,10 @@ class LaunchOrder(Record):
     """Folder where base models are cached."""
     stores: str
     """Folder of the project's token stores."""
+    workers: int | None = None
+    """Training workers, where a resize asked for a number; None leaves it to the spec."""
+    asked_at: float = 0.0
+    """When the job was asked for (a later attempt: when it was handed over), in seconds since the epoch."""
     serve_url: str | None = None
     """Where the serving app of the base answers, for example http://127.0.0.1:8000/smollm2-135m-instruct."""
     model_url: str | None = None

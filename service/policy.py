@@ -12,6 +12,8 @@ from typing import Literal
 
 from service.states import FINAL, Status
 
+Wanted = Literal["run", "pause", "resize"]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -25,6 +27,8 @@ class Limits:
     """Pause after the first loss; four times longer after each further one."""
     exit_s: float = 30.0
     """How long a finished attempt may take to leave the cluster."""
+    pause_s: float = 600.0
+    """How long a training attempt that was asked to stop may take to finish its step and write a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,24 @@ class Seen:
     """Nothing of the job is left on the cluster."""
     ray: Literal["unknown", "absent", "alive", "ended"] = "unknown"
     """What Ray says about the current attempt."""
+    training: bool = False
+    """The current attempt is in its train stage: the one that has something to save before it stops."""
+    resized: bool = False
+    """The number of workers was changed after the current attempt was begun."""
+    told: Wanted = "run"
+    """What the control file says to the current attempt."""
+    told_at: float = 0.0
+    """When the control file was written."""
     outcome: bool = False
-    """The current attempt wrote its outcome."""
+    """The current attempt wrote how the job ended."""
+    stopped: bool = False
+    """The current attempt wrote that it stopped at a checkpoint, as it was told to."""
     losses: int = 0
     """Workers lost since the last new checkpoint."""
     not_before: float = 0.0
     """Earliest time of the next attempt."""
     ended_at: float = 0.0
-    """When the job became final."""
+    """When the job became final, or its attempt stopped."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +121,30 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class Tell:
+    """Say in the control file what is wanted of the current attempt."""
+
+    job: str
+    wanted: Wanted
+
+
+@dataclass(frozen=True)
+class Requeue:
+    """The attempt stopped as it was told to: queue the job for the next one. No loss."""
+
+    job: str
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A pausing job has left the cluster: it is paused."""
+
+    job: str
+
+
+@dataclass(frozen=True)
 class StopAttempt:
-    """A final job still runs on the cluster: take its lease and stop it."""
+    """An attempt that must not go on still runs on the cluster: take its lease and stop it."""
 
     job: str
 
@@ -120,14 +156,16 @@ class Release:
     job: str
 
 
-Action = CheckFiles | Start | Submit | Wait | Retry | GiveUp | Finish | StopAttempt | Release
+Action = CheckFiles | Start | Submit | Wait | Retry | GiveUp | Finish | Tell | Requeue | Rest | StopAttempt | Release
+
+ON_CLUSTER: frozenset[Status] = frozenset({"running", "pausing"})
 
 
 def decide(jobs: Sequence[Seen], cluster: bool, now: float, limits: Limits) -> list[Action]:
     """Actions for all jobs, oldest first. `cluster`: Ray answers. `now` in seconds, as `not_before` and `ended_at`."""
     actions = [action for job in jobs for action in _settle(job, cluster, now, limits)]
-    leaving = {action.job for action in actions if isinstance(action, Retry | GiveUp | Release)}
-    busy = [job.id for job in jobs if job.id not in leaving and (job.status == "running" or (job.status in FINAL and not job.released))]
+    leaving = {action.job for action in actions if isinstance(action, Retry | GiveUp | Requeue | Rest | Release)}
+    busy = [job.id for job in jobs if job.id not in leaving and (job.status in ON_CLUSTER or (job.status in FINAL and not job.released))]
     ahead = len(busy)
     for job in jobs:
         if job.status != "queued":
@@ -151,6 +189,8 @@ def _settle(job: Seen, cluster: bool, now: float, limits: Limits) -> Iterator[Ac
         yield CheckFiles(job.id)
     elif job.status == "running":
         yield from _watch(job, cluster, now, limits)
+    elif job.status == "pausing":
+        yield from _pause(job, cluster, now, limits)
     elif job.status in FINAL and not job.released:
         # `submitted` is no proof here: the runner may have died between telling Ray and noting it.
         gone = job.attempt == 0 or job.ray in ("absent", "ended")
@@ -164,14 +204,45 @@ def _settle(job: Seen, cluster: bool, now: float, limits: Limits) -> Iterator[Ac
 
 def _watch(job: Seen, cluster: bool, now: float, limits: Limits) -> Iterator[Action]:
     # The outcome decides, not Ray: its job table forgets, and is sometimes wrong.
+    wanted: Wanted = "resize" if job.resized else "run"
     if job.outcome:
         yield Finish(job.id)
+    elif job.stopped:
+        if _gone(job):
+            yield Requeue(job.id)
+        elif _lingers(job, now, limits):
+            yield StopAttempt(job.id)
     elif not job.submitted:
         if cluster:
             yield Submit(job.id, job.attempt)
-    elif job.ray in ("absent", "ended"):
+    elif _gone(job):
         losses = job.losses + 1
         if losses > limits.losses:
             yield GiveUp(job.id, losses)
         else:
             yield Retry(job.id, losses, now + limits.backoff_s * 4 ** (losses - 1))
+    elif job.told != wanted:
+        yield Tell(job.id, wanted)
+
+
+def _pause(job: Seen, cluster: bool, now: float, limits: Limits) -> Iterator[Action]:
+    if job.outcome:  # it was faster
+        yield Finish(job.id)
+    elif _gone(job):  # stopped as asked, never begun, or lost: the next attempt goes on from the newest checkpoint
+        yield Rest(job.id)
+    else:
+        if job.told != "pause":
+            yield Tell(job.id, "pause")
+        # Only training has something to save; every other stage goes on from its own files.
+        overdue = job.told == "pause" and now - job.told_at > limits.pause_s
+        if cluster and (not job.training or overdue or _lingers(job, now, limits)):
+            yield StopAttempt(job.id)
+
+
+def _gone(job: Seen) -> bool:
+    return job.ray in ("absent", "ended")
+
+
+def _lingers(job: Seen, now: float, limits: Limits) -> bool:
+    """It wrote that it stopped, but Ray still has it."""
+    return job.stopped and job.ray == "alive" and now - job.ended_at > limits.exit_s

@@ -24,10 +24,12 @@ from service.order import LaunchOrder
 from service.policy import Limits, Seen
 from service.serving import REDEPLOY_S, Serving, whole_folder
 from service.settings import Settings
-from service.states import FINAL
+from service.states import FINAL, Status
 from service.store import Checkpoint, Job, JobEvent, Store, new_id
-from trainers.errors import DataError, TuneyardError, Unavailable
-from trainers.records import CheckpointRecord, OutcomeRecord, RunDir, StepRecord, parse_checkpoint_name, write_atomic
+from trainers import control
+from trainers.control import CONTROL_FILE, ControlRecord
+from trainers.errors import DataError, Unavailable, WorkerLost
+from trainers.records import CheckpointRecord, OutcomeRecord, RunDir, StageProgress, StepRecord, parse_checkpoint_name, write_atomic
 from trainers.spec import JobSpec
 
 log = logging.getLogger("tuneyard.runner")
@@ -56,7 +58,8 @@ class Runner:
                 self.step()
             except Exception:
                 log.exception("A step of the runner failed; the next one tries again.")
-            stop.wait(self.settings.poll_s)
+            if self.link.changed.wait(self.settings.poll_s):
+                self.link.changed.clear()
 
     def step(self) -> None:
         """Look at everything once and do what is due."""
@@ -87,10 +90,11 @@ class Runner:
         """The local cluster is about to stop: queue running jobs for a new attempt, which is no loss of theirs."""
         stopping = []
         for job in self.store.open_jobs():
-            if job.status == "running" and not self._outcome(job):
-                self.store.move(
-                    job.id, "queued", "The service was stopped; the job goes on at its next start.", submitted=False, not_before=0.0
-                )
+            outcome = self._outcome(job)
+            if job.status in policy.ON_CLUSTER and (outcome is None or outcome.status == "stopped"):
+                to: Status = "queued" if job.status == "running" else "paused"
+                told = "The service was stopped; the job goes on at its next start." if to == "queued" else "The job is paused."
+                self.store.move(job.id, to, told, submitted=False, not_before=0.0)
                 stopping.append(_submission(job.id, job.attempt))
         with suppress(Unavailable):
             for submission in stopping:
@@ -121,11 +125,17 @@ class Runner:
 
     def _observe(self, job: Job, cluster: bool) -> Seen:
         ray = "unknown"
-        if cluster and job.attempt and not job.released and (job.status == "running" or job.status in FINAL):
+        on_cluster = job.status in policy.ON_CLUSTER
+        if cluster and job.attempt and not job.released and (on_cluster or job.status in FINAL):
             with suppress(Unavailable):
                 ray = self.link.ray.state(_submission(job.id, job.attempt))[0]
         # Only now the outcome: read before Ray's answer, it could miss one that was written in between.
-        outcome = job.status == "running" and self._outcome(job) is not None
+        outcome = self._outcome(job) if on_cluster else None
+        stopped = outcome is not None and outcome.status == "stopped"
+        run = self._run(job.id, job.attempt)
+        told = control.wanted(run) if on_cluster else ControlRecord()
+        order = run.read("launch.json", LaunchOrder) if on_cluster else None
+        stage = run.read("progress.json", StageProgress) if job.status == "pausing" else None
         return Seen(
             id=job.id,
             status=job.status,  # type: ignore[arg-type]
@@ -133,10 +143,15 @@ class Runner:
             submitted=job.submitted,
             released=job.released,
             ray=ray,  # type: ignore[arg-type]
-            outcome=outcome,
+            training=stage is not None and stage.attempt == job.attempt and stage.message == "train",
+            resized=order is not None and order.attempt == job.attempt and order.workers != job.workers,
+            told=told.wanted,
+            told_at=told.time,
+            outcome=outcome is not None and not stopped,
+            stopped=stopped,
             losses=job.losses,
             not_before=job.not_before,
-            ended_at=job.finished_at or 0.0,
+            ended_at=outcome.time if outcome is not None else job.finished_at or 0.0,
         )
 
     def _outcome(self, job: Job) -> OutcomeRecord | None:
@@ -211,7 +226,7 @@ class Runner:
                 self._check_files(job)
             case policy.Start(attempt=attempt):
                 message = "Fine-tuning job started." if attempt == 1 else f"Attempt {attempt} started."
-                if self.store.move(job.id, "running", message, attempt=attempt, submitted=False):
+                if self.store.move(job.id, "running", message, since="queued", attempt=attempt, submitted=False):
                     self._submit(job, attempt)
             case policy.Submit(attempt=attempt):
                 self._submit(job, attempt)
@@ -222,11 +237,21 @@ class Runner:
             case policy.Retry(losses=losses, not_before=not_before):
                 what = f"Attempt {job.attempt} was lost ({self._last_words(job)}); loss {losses} of {self.limits.losses}."
                 message = f"{what} Trying again in {max(0.0, not_before - time.time()):.0f} s."
-                self.store.move(job.id, "queued", message, "warn", losses=losses, not_before=not_before, submitted=False)
+                self.store.move(job.id, "queued", message, "warn", since="running", losses=losses, not_before=not_before, submitted=False)
             case policy.GiveUp(losses=losses):
-                self._fail(job, _WorkerLost(losses, self._last_words(job), job.id).to_dict())
+                self._fail(job, self._given_up(job, losses).to_dict())
             case policy.Finish():
                 self._finish(job)
+            case policy.Tell(wanted=wanted):
+                record = ControlRecord(wanted=wanted, workers=job.workers if wanted == "resize" else None)
+                self._run(job.id, job.attempt).write(CONTROL_FILE, record)
+            case policy.Requeue():
+                self.store.move(
+                    job.id, "queued", f"Attempt {job.attempt} stopped at a checkpoint; the next one goes on from it.",
+                    since="running", submitted=False, not_before=0.0,
+                )  # fmt: skip
+            case policy.Rest():
+                self.store.move(job.id, "paused", "The job is paused and has left the cluster.", since="pausing", submitted=False)
             case policy.StopAttempt():
                 # A later attempt number in the lease keeps the driver from writing while it dies.
                 self._run(job.id, job.attempt + 1).grant()
@@ -241,7 +266,7 @@ class Runner:
         except DataError as error:
             self._fail(job, error.to_dict())
         else:
-            self.store.move(job.id, "queued", "Files are there; the job is queued.")
+            self.store.move(job.id, "queued", "Files are there; the job is queued.", since="validating_files")
 
     def _resolved(self, job: Job) -> JobSpec:
         """The spec with stored files in place of file ids. Raises DataError naming the field of a file that is gone or empty."""
@@ -274,6 +299,8 @@ class Runner:
             job_id=job.id,
             model_name=job.model_name,
             requested_by=job.request.get("requested_by"),
+            workers=job.workers,
+            asked_at=job.created_at if attempt == 1 else time.time(),
             models=str(self.settings.models),
             stores=str(self.settings.stores(job.project_id)),
             serve_url=self.link.serve_url(job.base),
@@ -320,6 +347,12 @@ class Runner:
             return self.link.ray.state(_submission(job.id, job.attempt))[1][:200]
         return "it left no message"
 
+    def _given_up(self, job: Job, losses: int) -> WorkerLost:
+        return WorkerLost(
+            f"The training process was lost {losses} times without progress in between; its last words: {self._last_words(job)}.",
+            f"Read `tuneyard logs {job.id}`; a process that needs more memory than there is dies like this.",
+        )
+
     # -- serving and housekeeping ------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
@@ -331,16 +364,6 @@ class Runner:
             self.store.delete_file(file.project_id, file.id)
             self.settings.home.joinpath(file.path).unlink(missing_ok=True)
         self._purged_at = time.time()
-
-
-class _WorkerLost(TuneyardError):
-    code = "worker_lost"
-
-    def __init__(self, losses: int, words: str, job_id: str) -> None:
-        super().__init__(
-            f"The training process was lost {losses} times without progress in between; its last words: {words}.",
-            f"Read `tuneyard logs {job_id}`; a process that needs more memory than there is dies like this.",
-        )
 
 
 def attempt_log(run: RunDir, attempt: int) -> Path:

@@ -48,6 +48,9 @@ class Settings(BaseModel):
     data_urls: str = ""
     """URL prefixes, separated by commas, that jobs may read data from besides uploaded files: `s3://team-data/sft/,hf://`. The cluster
     reads them with its own credentials, so whoever may use the service may train on what lies there."""
+    checkpoint_urls: str = ""
+    """URL prefixes, separated by commas, below which jobs may keep their checkpoints (`checkpoint.to`): `s3://team-runs/`. The cluster
+    writes there with its own credentials."""
     max_file_bytes: int = 512 * 2**20
     """Largest upload."""
     max_body_bytes: int = 16 * 2**20
@@ -78,8 +81,11 @@ class Settings(BaseModel):
 
     def grants(self, path: str) -> bool:
         """Whether a job may read this URL."""
-        prefixes = [prefix.strip() for prefix in self.data_urls.split(",")]
-        return any("://" in prefix and path.startswith(prefix) and ".." not in path for prefix in prefixes)
+        return _below(path, self.data_urls)
+
+    def grants_checkpoints(self, url: str) -> bool:
+        """Whether a job may keep its checkpoints at this URL."""
+        return _below(url, self.checkpoint_urls)
 
     @property
     def key_file(self) -> Path:
@@ -101,6 +107,11 @@ class Settings(BaseModel):
     def serve_token_file(self) -> Path:
         """File with the token between the gateway and the serving apps."""
         return self.home / "serve.token"
+
+
+def _below(url: str, prefixes: str) -> bool:
+    """Whether the URL begins with one of these prefixes, and goes nowhere else from there."""
+    return any("://" in prefix and url.startswith(prefix) and ".." not in url for prefix in map(str.strip, prefixes.split(",")))
 
 
 def make_home(settings: Settings) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
+"""`pausing` and `paused` are seen only after an explicit pause: clients in the field know the other six."""
 
 NEXT: dict[Status, frozenset[Status]] = {
-    "validating_files": frozenset({"queued", "failed", "cancelled"}),
-    "queued": frozenset({"running", "failed", "cancelled"}),
-    "running": frozenset({"queued", "succeeded", "failed", "cancelled"}),
+    "validating_files": frozenset({"queued", "paused", "failed", "cancelled"}),
+    "queued": frozenset({"running", "paused", "failed", "cancelled"}),
+    "running": frozenset({"queued", "pausing", "succeeded", "failed", "cancelled"}),
+    "pausing": frozenset({"paused", "running", "succeeded", "failed", "cancelled"}),
+    "paused": frozenset({"queued", "cancelled"}),
     "succeeded": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),

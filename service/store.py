@@ -94,6 +94,8 @@ class Job(Listed):
     released: Mapped[bool] = mapped_column(default=False)
     losses: Mapped[int] = mapped_column(default=0)
     not_before: Mapped[float] = mapped_column(default=0.0)
+    workers: Mapped[int | None]
+    """Training workers that the last resize asked for; None leaves it to the spec."""
 
 
 class JobEvent(Listed):
@@ -305,12 +307,13 @@ class Store:
         with self._session() as session:
             session.execute(update(Job).where(Job.id == job_id).values(**values))
 
-    def move(self, job_id: str, to: Status, message: str, level: str = "info", **values: Any) -> bool:
-        """Change a job's status, with an event, if its present one allows it; False when it does not."""
+    def move(self, job_id: str, to: Status, message: str, level: str = "info", since: Status | None = None, **values: Any) -> bool:
+        """Change a job's status, with an event, if its present one allows it (with `since`: if it is that one); False when it does not."""
         if to in FINAL:
             values.setdefault("finished_at", time.time())
         with self._session() as session:
-            query = update(Job).where(Job.id == job_id, Job.status.in_(sources_of(to)))
+            allowed = sources_of(to) if since is None else sources_of(to) & {since}
+            query = update(Job).where(Job.id == job_id, Job.status.in_(allowed))
             moved = session.execute(query.values(status=to, reason=None, **values)).rowcount == 1  # type: ignore[attr-defined]
             if moved:
                 session.add(_own_event(job_id, message, level))

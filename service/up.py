@@ -78,6 +78,7 @@ def up(settings: Settings, say: Say) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave half of it running
             say("Stopping.")
             stop.set()
+            link.changed.set()
             for thread in threads:
                 if thread.is_alive():
                     thread.join()

@@ -218,6 +218,13 @@ class TrainRecord(Record):
     """`{"code", "message", "param"}` when failed."""
 
 
+class TimingRecord(Record):
+    """From asking for the job to the end of its first step (`timing.json`), of the newest start of the training workers."""
+
+    phases: dict[str, float]
+    """Phase -> seconds it took, in order: `queue`, `driver`, ..., `first step`."""
+
+
 class ModelRecord(Record):
     """The merge stage is done: what the tuned model is and where its parts lie, relative to the run directory."""
 
@@ -276,7 +283,8 @@ class EvaluationRecord(Record):
 class OutcomeRecord(Record):
     """How an attempt ended (`outcome.json`), written last of all. No outcome after the process is gone = a crash."""
 
-    status: Literal["succeeded", "failed"]
+    status: Literal["succeeded", "failed", "stopped"]
+    """`stopped`: at a checkpoint, as `control.json` asked; a later attempt goes on from there."""
     error: dict[str, Any] | None = None
     """`{"code", "message", "param"}` when failed: a reason that its owner must mend, never retried."""
 
@@ -359,6 +367,14 @@ class RunDir:
         by_step = {record.step: record for _, records in self.step_segments() for record in records}
         return [by_step[s] for s in sorted(by_step)]
 
+    def samples(self) -> list[SampleRecord]:
+        """Every sampled answer by step and example; where a resumed attempt made a step again, the later one counts."""
+        found = {}
+        for _, lines in self._segments("samples", set()):
+            for sample in map(SampleRecord.model_validate_json, lines):
+                found[sample.step, sample.example] = sample
+        return [found[key] for key in sorted(found)]
+
     def _segments(self, kind: str, after: set[str]) -> Iterator[tuple[str, list[str]]]:
         for path in sorted(self.path(kind).glob("*.jsonl")):
             if path.name not in after:
@@ -369,6 +385,11 @@ class RunDir:
     def progress(self, stage: str, **numbers: Any) -> None:
         """Replace the one record that says what the run is doing now (`progress.json`)."""
         self.write("progress.json", StageProgress(message=stage, data=numbers))
+
+
+def rank_log(run: RunDir, rank: int) -> Path:
+    """Where one training worker's output goes: all starts of an attempt's workers in one file."""
+    return run.path("logs", f"attempt-{run.attempt:04d}-rank-{rank:03d}.log")
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -130,6 +130,9 @@ def spec_of(body: Create, settings: Settings, store: Store, project: Project) ->
     if spec.model.template not in TEMPLATES:
         remedy = f"The service takes one of: {', '.join(TEMPLATES)}. For a Jinja file there is `python -m trainers.local JOB.yaml`."
         raise SpecError(f"`model.template` is `{spec.model.template}`.", remedy, "job.model.template")
+    if (to := spec.checkpoint.to) is not None and not settings.grants_checkpoints(to):
+        remedy = "Leave it out: they then lie in the job's own folder. Of URLs, only those below TUNEYARD_CHECKPOINT_URLS are granted."
+        raise SpecError(f"`checkpoint.to` is `{to}`, where jobs of this service may not write.", remedy, "job.checkpoint.to")
     return _files_named(spec, settings, store, project), base
 
 

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: create, watch and cancel jobs, in OpenAI's shapes."""
+"""/v1/fine_tuning/jobs: create, watch, pause and cancel jobs, in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from fastapi import APIRouter, Header, Query, Request
 
 from serve.plain import beyond_plain
 from service.api import create
-from service.api.auth import Caller, Config, Db, RequestedBy
+from service.api.auth import Caller, Cluster, Config, Db, RequestedBy
 from service.api.errors import NotFound
 from service.settings import Settings
+from service.states import FINAL
 from service.store import Checkpoint, Job, JobEvent, Once, Project, Store
 from trainers.catalogue import find
 from trainers.errors import UserError
@@ -75,6 +76,7 @@ def existing(store: Store, project: Project, job_id: str) -> Job:
 def create_job(
     settings: Config,
     store: Db,
+    link: Cluster,
     caller: Caller,
     requested_by: RequestedBy,
     body: create.Create,
@@ -88,6 +90,7 @@ def create_job(
     made = store.add_job(job, once)
     if body.integrations and made is job:
         store.add_event(job.id, "Integrations are not sent from here; `WandbLogger.sync` reads the result files as ever.", "warn")
+    link.changed.set()
     return to_wire(made, settings)
 
 
@@ -112,13 +115,47 @@ def retrieve(settings: Config, store: Db, caller: Caller, job_id: str) -> dict[s
 
 
 @router.post("/{job_id}/cancel")
-def cancel(settings: Config, store: Db, caller: Caller, job_id: str) -> dict[str, Any]:
+def cancel(settings: Config, store: Db, link: Cluster, caller: Caller, job_id: str) -> dict[str, Any]:
     job = existing(store, caller, job_id)
     if not store.move(job.id, "cancelled", "The job was cancelled."):
-        # 400, not 409: clients repeat a 409.
-        job = existing(store, caller, job_id)
-        raise UserError(f"Job `{job_id}` is already {job.status}.", "There is nothing left to cancel.", "fine_tuning_job_id")
+        raise over(existing(store, caller, job_id), "cancel")
+    link.changed.set()
     return to_wire(existing(store, caller, job_id), settings)
+
+
+@router.post("/{job_id}/pause")
+def pause(settings: Config, store: Db, link: Cluster, caller: Caller, job_id: str) -> dict[str, Any]:
+    """Stop at the next checkpoint and leave the cluster; a job that does not run yet is paused at once. Asked again, it changes nothing."""
+    job = existing(store, caller, job_id)
+    paused = (
+        store.move(job.id, "paused", "The job was paused before it began to run.", since="validating_files")
+        or store.move(job.id, "paused", "The job was paused while it waited.", since="queued")
+        or store.move(job.id, "pausing", "The job is asked to pause.")
+    )
+    now = existing(store, caller, job_id)
+    if not paused and now.status in FINAL:
+        raise over(now, "pause")
+    link.changed.set()
+    return to_wire(now, settings)
+
+
+@router.post("/{job_id}/resume")
+def resume(settings: Config, store: Db, link: Cluster, caller: Caller, job_id: str) -> dict[str, Any]:
+    """Go on from the newest checkpoint. A job that was never paused, or that goes on already, is left as it is."""
+    job = existing(store, caller, job_id)
+    resumed = store.move(job.id, "queued", "The job was resumed.", since="paused", not_before=0.0) or store.move(
+        job.id, "running", "The pause was taken back.", since="pausing"
+    )
+    now = existing(store, caller, job_id)
+    if not resumed and now.status in FINAL:
+        raise over(now, "resume")
+    link.changed.set()
+    return to_wire(now, settings)
+
+
+def over(job: Job, verb: str) -> UserError:
+    """400, not 409: clients repeat a 409."""
+    return UserError(f"Job `{job.id}` is already {job.status}.", f"There is nothing left to {verb}.", "fine_tuning_job_id")
 
 
 @router.get("/{job_id}/events")

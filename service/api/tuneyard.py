@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter
-from pydantic import Field
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
 
 from service.api.auth import Caller, Cluster, Config, Db
 from service.api.create import Create, spec_of
 from service.api.errors import NotFound
 from service.api.files import existing as existing_file
-from service.api.jobs import existing
+from service.api.jobs import existing, over
+from service.link import Link
 from service.runner import attempt_log
 from service.settings import Settings
+from service.states import ACTIVE, FINAL
+from trainers.catalogue import find
 from trainers.errors import Unavailable, UserError
 from trainers.fetch import ensure
 from trainers.preview import preview as look
-from trainers.records import RunDir, StageProgress
+from trainers.records import RunDir, StageProgress, TrainRecord, rank_log
+from trainers.tokens import whole_tokenizer
 
 router = APIRouter(prefix="/v1/tuneyard")
 
@@ -34,7 +39,7 @@ def status(store: Db, link: Cluster, caller: Caller) -> dict[str, Any]:
     except Unavailable as error:
         cluster = {"answers": False, "address": link.ray.address, "message": str(error)}
     mine = [job for job in store.open_jobs() if job.project_id == caller.id]
-    counts = {name: sum(job.status == name for job in mine) for name in ("validating_files", "queued", "running")}
+    counts = {name: sum(job.status == name for job in mine) for name in sorted(ACTIVE)}
     names = {job.id: job.model_name for job in (*mine, *store.tuned(caller.id))}
     rows = [row for row in store.demand() if not row.app.startswith("ftjob-") or row.app in names]  # nobody sees another project's models
     apps = [{"model": names.get(row.app, row.app), "status": row.status, "message": row.message} for row in rows]
@@ -89,11 +94,74 @@ def job(settings: Config, store: Db, caller: Caller, job_id: str) -> dict[str, A
         "queue_reason": row.reason,
         "attempt": row.attempt,
         "losses": row.losses,
+        "workers": row.workers,
+        "timing": _json(settings, row.id, "timing.json"),
         "run_dir": str(run.root),
         "model": row.model_name,
         "spec": row.spec,
         "resolved": _json(settings, row.id, "resolved.json"),
     }
+
+
+class Resize(BaseModel):
+    workers: Annotated[int, Field(ge=1, le=1024)]
+    """Training workers of all attempts from the next on, whatever `scale.workers` says."""
+
+
+@router.post("/jobs/{job_id}/resize")
+def resize(settings: Config, store: Db, link: Cluster, caller: Caller, job_id: str, body: Resize) -> dict[str, Any]:
+    """Go on with another number of workers: a running job stops at its next checkpoint and starts again; it computes the same."""
+    row = existing(store, caller, job_id)
+    if row.status in FINAL:
+        raise over(row, "resize")
+    trained = RunDir(settings.runs / row.id).read("train.json", TrainRecord)
+    if trained is not None and trained.status == "finished":
+        raise UserError(f"The training of job `{job_id}` is over.", "There is nothing left to resize.", "fine_tuning_job_id")
+    resolved = _json(settings, row.id, "resolved.json") or {"scale": {}}
+    if row.status == "running" and body.workers == (row.workers or resolved["scale"].get("workers")):
+        raise UserError(f"Job `{job_id}` has {body.workers} workers already.", "Ask for another number.", "workers")
+    _check_room(link, body.workers)
+    store.change(row.id, workers=body.workers)
+    store.add_event(row.id, f"Asked to train with {body.workers} worker(s).")
+    link.changed.set()
+    return job(settings, store, caller, job_id)
+
+
+def _check_room(link: Link, workers: int) -> None:
+    """Refuse what a cluster without GPUs can never place. GPUs may still come: an autoscaler starts them when they are asked for."""
+    try:
+        resources = link.ray.resources()
+    except Unavailable:
+        return
+    cpus = int(resources.get("CPU", (0, 0))[1])
+    if "GPU" not in resources and 0 < cpus < workers:
+        raise UserError(f"`workers` is {workers}, but the cluster has {cpus} CPUs.", f"Ask for {cpus} or less.", "workers")
+
+
+@router.get("/jobs/{job_id}/samples")
+def samples(settings: Config, store: Db, caller: Caller, job_id: str) -> dict[str, Any]:
+    """What the model answered at each validation, oldest first: text with every control token in it, as the model sees and writes it."""
+    row = existing(store, caller, job_id)
+    found = RunDir(settings.runs / row.id).samples()
+    if not found:
+        return {"object": "list", "data": []}
+    tokenizer = whole_tokenizer((ensure(find(row.base), settings.models) / "tokenizer.json").read_text(encoding="utf-8"))
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    data = [
+        {
+            "object": "tuneyard.sample",
+            "step": sample.step,
+            "example": sample.example,
+            "prompt": text(sample.prompt_ids),
+            "answer": text(sample.answer_ids),
+            "reference": text(sample.reference_ids),
+        }
+        for sample in found
+    ]
+    return {"object": "list", "data": data}
 
 
 @router.get("/jobs/{job_id}/metrics")
@@ -116,16 +184,33 @@ def evaluation(settings: Config, store: Db, caller: Caller, job_id: str) -> dict
 
 
 @router.get("/jobs/{job_id}/logs")
-def logs(settings: Config, store: Db, caller: Caller, job_id: str) -> dict[str, Any]:
-    """The end of what the newest attempt printed."""
+def logs(settings: Config, store: Db, caller: Caller, job_id: str, rank: Annotated[int | None, Query(ge=0)] = None) -> dict[str, Any]:
+    """The end of what the newest attempt printed: the driver, then each training worker; or one worker alone."""
     row = existing(store, caller, job_id)
+    run = RunDir(settings.runs / row.id, row.attempt)
+    ranks = []
+    while rank_log(run, len(ranks)).exists():
+        ranks.append(len(ranks))
+    if rank is not None:
+        if rank not in ranks:
+            raise NotFound(f"Attempt {row.attempt} of job `{job_id}` has no worker {rank}.", f"Its workers: {ranks or 'none yet'}.", "rank")
+        text = _end_of(rank_log(run, rank), LOG_BYTES)
+    else:
+        share = LOG_BYTES // (1 + len(ranks))
+        parts = [_end_of(attempt_log(run, row.attempt), share)]
+        parts += [f"== worker {rank} ==\n{_end_of(rank_log(run, rank), share)}" for rank in ranks]
+        text = "\n".join(parts)
+    return {"object": "tuneyard.logs", "attempt": row.attempt, "ranks": ranks, "text": text}
+
+
+def _end_of(path: Path, limit: int) -> str:
+    """The last `limit` bytes of a file as text; nothing where there is no file."""
     try:
-        with attempt_log(RunDir(settings.runs / row.id), row.attempt).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - LOG_BYTES))
-            text = file.read().decode("utf-8", "replace")
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - limit))
+            return file.read().decode("utf-8", "replace")
     except FileNotFoundError:
-        text = ""
-    return {"object": "tuneyard.logs", "attempt": row.attempt, "text": text}
+        return ""
 
 
 def _json(settings: Settings, job_id: str, name: str) -> Any:

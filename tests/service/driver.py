@@ -1,6 +1,7 @@
 """A stand-in for the training driver, real in all that the runner sees: process, lease, run directory, outcome.
 
-The training file's first row says how to behave: {"steps": 5, "seconds": 0.1, "end": "ok" | "refuse" | "crash", "stubborn": bool}.
+The training file's first row says how to behave:
+{"steps": 5, "seconds": 0.1, "end": "ok" | "refuse" | "crash", "stubborn": bool, "prepare_s": seconds}.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from trainers.control import should_stop
 from trainers.errors import DataError, Fenced
 from trainers.records import CheckpointRecord, ModelRecord, OutcomeRecord, RunDir, StepRecord, checkpoint_name
 from trainers.spec import JobSpec
@@ -47,6 +49,10 @@ def work(run: RunDir, orders: dict) -> None:
         error = DataError("train.jsonl:2 is not JSON.", "Mend line 2.", "training_file")
         run.write("outcome.json", OutcomeRecord(status="failed", error=error.to_dict()))
         return
+    run.progress("prepare", done=0)
+    time.sleep(orders.get("prepare_s", 0.0))
+    run.progress("train", done=0)
+    stop = should_stop(run, leader=True)
     done = max((s.step for s in run.steps()), default=0)
     for step in range(done + 1, steps + 1):
         if orders.get("stubborn") and run.attempt > 1:
@@ -60,14 +66,25 @@ def work(run: RunDir, orders: dict) -> None:
         )  # fmt: skip
         run.append("metrics", [record])
         run.progress("train", done=step, total=steps, train_loss=record.train_loss, left_s=1.0)
+        if stop() and not last:
+            save(run, step, None)
+            run.write("outcome.json", OutcomeRecord(status="stopped"))
+            return
     adapter = run.path("adapters", f"step-{steps:06d}")
     adapter.mkdir(parents=True, exist_ok=True)
     (adapter / "adapter_config.json").write_text("{}")
-    manifest = CheckpointRecord(step=steps, files={}, train_loss=2.0 / steps, train_accuracy=0.5, valid_loss=1.0, valid_accuracy=0.5)
-    run.write(f"checkpoints/{checkpoint_name(steps, run.attempt)}/MANIFEST.json", manifest)
+    save(run, steps, 1.0)
     run.write("model.json", ModelRecord(base="smollm2-135m-instruct", adapter=f"adapters/step-{steps:06d}", merged=None, step=steps))
     run.path("digest").write_text(hashlib.sha256(repr(run.steps()).encode()).hexdigest())
     run.write("outcome.json", OutcomeRecord(status="succeeded"))
+
+
+def save(run: RunDir, step: int, valid_loss: float | None) -> None:
+    accuracy = None if valid_loss is None else 0.5
+    manifest = CheckpointRecord(
+        step=step, files={}, train_loss=2.0 / step, train_accuracy=0.5, valid_loss=valid_loss, valid_accuracy=accuracy
+    )
+    run.write(f"checkpoints/{checkpoint_name(step, run.attempt)}/MANIFEST.json", manifest)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from openai import OpenAI
 from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from servicekit import BASE, Service, rows, service_on
+from tokenizers import Tokenizer
 
+from service.runner import attempt_log
 from service.store import key_name
+from trainers.records import RunDir, SampleRecord, rank_log
 
 JOBS = "/fine_tuning/jobs"
 
@@ -242,6 +246,66 @@ def test_cancel_once(service: Service) -> None:
         client.fine_tuning.jobs.cancel(job.id)
 
 
+def test_a_job_that_does_not_run_yet_is_paused_at_once(service: Service) -> None:
+    client = service.client()
+    job = create(client)
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    detail: Any = client.post(f"/tuneyard/jobs/{job.id}/resize", body={"workers": 3}, cast_to=object)
+    assert detail["workers"] == 3
+    for workers in (0, 1025, "two"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.post(f"/tuneyard/jobs/{job.id}/resize", body={"workers": workers}, cast_to=object)
+        assert caught.value.param == "workers"
+    client.fine_tuning.jobs.pause(job.id)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    for verb in ("pause", "resume"):
+        with pytest.raises(openai.BadRequestError, match=f"already cancelled. There is nothing left to {verb}"):
+            getattr(client.fine_tuning.jobs, verb)(job.id)
+
+
+def test_samples_and_logs_by_rank(own_service: Service, tiny: Path) -> None:
+    client = own_service.client()
+    job = create(client)
+    shutil.copytree(tiny, own_service.settings.models / BASE)
+    own_service.store.change(job.id, attempt=2)
+    run = RunDir(own_service.settings.runs / job.id, attempt=2, writer="train")
+    assert client.get(f"/tuneyard/jobs/{job.id}/samples", cast_to=object) == {"object": "list", "data": []}
+    encode = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode
+    prompt, yes, no = (encode(text).ids for text in ("<|im_start|>user\nthe fox?<|im_end|>\n", "jumps<|im_end|>", "the the"))
+    sample = SampleRecord(step=1, example=7, prompt_ids=prompt, answer_ids=no, reference_ids=yes)
+    run.append("samples", [sample])
+    run.append("samples", [sample.model_copy(update={"step": 2, "answer_ids": no})])
+    run.append("samples", [sample.model_copy(update={"step": 2, "answer_ids": yes})])  # made again after a resume
+    found: Any = client.get(f"/tuneyard/jobs/{job.id}/samples", cast_to=object)
+    told = {"object": "tuneyard.sample", "example": 7, "prompt": "<|im_start|>user\nthe fox?<|im_end|>\n", "reference": "jumps<|im_end|>"}
+    assert found["data"] == [told | {"step": 1, "answer": "the the"}, told | {"step": 2, "answer": "jumps<|im_end|>"}]
+
+    attempt_log(run, 2).parent.mkdir()
+    attempt_log(run, 2).write_text("driver\n")
+    for rank in range(2):
+        rank_log(run, rank).write_text(f"rank {rank} says\n")
+    logs: Any = client.get(f"/tuneyard/jobs/{job.id}/logs", cast_to=object)
+    assert logs["text"] == "driver\n\n== worker 0 ==\nrank 0 says\n\n== worker 1 ==\nrank 1 says\n" and logs["ranks"] == [0, 1]
+    logs = client.get(f"/tuneyard/jobs/{job.id}/logs?rank=1", cast_to=object)
+    assert logs["text"] == "rank 1 says\n"
+    with pytest.raises(openai.NotFoundError, match="has no worker 2"):
+        client.get(f"/tuneyard/jobs/{job.id}/logs?rank=2", cast_to=object)
+
+
+def test_checkpoints_go_where_the_owner_grants(tmp_path: Path) -> None:
+    with service_on(tmp_path, checkpoint_urls="s3://runs/a/") as service:
+        client = service.client()
+        job = create(client, extra_body={"job": {"checkpoint": {"to": "s3://runs/a/mine"}}})
+        assert service.store.open_jobs()[0].id == job.id and service.store.open_jobs()[0].spec["checkpoint"]["to"] == "s3://runs/a/mine"
+        for url in ("s3://runs/b", "s3://runs/a/../b", "file:///tmp/x", "/tmp/x"):
+            with pytest.raises(openai.BadRequestError, match="TUNEYARD_CHECKPOINT_URLS") as caught:
+                create(client, extra_body={"job": {"checkpoint": {"to": url}}})
+            assert caught.value.param == "job.checkpoint.to"
+
+
 def test_a_file_in_use_stays(service: Service) -> None:
     client = service.client()
     job = create(client)
@@ -285,6 +349,10 @@ def test_projects_do_not_see_each_other(service: Service) -> None:
         lambda: theirs.files.delete(job.training_file),
         lambda: theirs.fine_tuning.jobs.retrieve(job.id),
         lambda: theirs.fine_tuning.jobs.cancel(job.id),
+        lambda: theirs.fine_tuning.jobs.pause(job.id),
+        lambda: theirs.fine_tuning.jobs.resume(job.id),
+        lambda: theirs.post(f"/tuneyard/jobs/{job.id}/resize", body={"workers": 2}, cast_to=object),
+        lambda: theirs.get(f"/tuneyard/jobs/{job.id}/samples", cast_to=object),
         lambda: theirs.fine_tuning.jobs.list_events(job.id),
         lambda: theirs.fine_tuning.jobs.checkpoints.list(job.id),
         lambda: theirs.models.retrieve(name),

@@ -1,13 +1,36 @@
 """The policy as tables: what is seen -> what is done."""
 
+from typing import Any
+
 import pytest
 
-from service.policy import CheckFiles, Finish, GiveUp, Limits, Release, Retry, Seen, Start, StopAttempt, Submit, Wait, decide
+from service.policy import (
+    CheckFiles,
+    Finish,
+    GiveUp,
+    Limits,
+    Release,
+    Requeue,
+    Rest,
+    Retry,
+    Seen,
+    Start,
+    StopAttempt,
+    Submit,
+    Tell,
+    Wait,
+    decide,
+)
 
-LIMITS = Limits(slots=1, losses=3, backoff_s=2.0, exit_s=30.0)
+LIMITS = Limits(slots=1, losses=3, backoff_s=2.0, exit_s=30.0, pause_s=600.0)
 NOW = 1000.0
 
-RUNNING = {"status": "running", "attempt": 1}
+RUNNING: dict[str, Any] = {"status": "running", "attempt": 1}
+ALIVE: dict[str, Any] = RUNNING | {"submitted": True, "ray": "alive"}
+PAUSING: dict[str, Any] = ALIVE | {"status": "pausing", "training": True}
+TOLD: dict[str, Any] = PAUSING | {"told": "pause", "told_at": NOW - 1}
+LEFT: dict[str, Any] = TOLD | {"ray": "ended"}
+STOPPED: dict[str, Any] = {"stopped": True, "ended_at": NOW - 1}
 
 ONE = [
     ("files first", {"status": "validating_files"}, [CheckFiles("j")]),
@@ -36,6 +59,26 @@ ONE = [
         [StopAttempt("j")],
     ),
     ("finished and gone", {"status": "succeeded", "attempt": 1, "submitted": True, "ray": "absent"}, [Release("j")]),
+    ("resized", ALIVE | {"resized": True}, [Tell("j", "resize")]),
+    ("resized and told", ALIVE | {"resized": True, "told": "resize"}, []),
+    ("a pause taken back", ALIVE | {"told": "pause"}, [Tell("j", "run")]),
+    ("stopped as told, still leaving", ALIVE | STOPPED, []),
+    ("stopped as told, lingering", ALIVE | STOPPED | {"ended_at": NOW - 31}, [StopAttempt("j")]),
+    ("stopped as told and gone", ALIVE | STOPPED | {"ray": "ended"}, [Requeue("j")]),
+    ("asked to pause", PAUSING, [Tell("j", "pause")]),
+    ("asked to pause where a resize was told", PAUSING | {"told": "resize"}, [Tell("j", "pause")]),
+    ("told to pause", TOLD, []),
+    ("told to pause, long ago", TOLD | {"told_at": NOW - 601}, [StopAttempt("j")]),
+    ("nothing to save", PAUSING | {"training": False}, [Tell("j", "pause"), StopAttempt("j")]),
+    ("nothing to save, told", TOLD | {"training": False}, [StopAttempt("j")]),
+    ("paused at a checkpoint, still leaving", TOLD | STOPPED, []),
+    ("paused at a checkpoint, lingering", TOLD | STOPPED | {"ended_at": NOW - 31}, [StopAttempt("j")]),
+    ("paused at a checkpoint and gone", TOLD | STOPPED | {"ray": "ended"}, [Rest("j")]),
+    ("lost while pausing", LEFT, [Rest("j")]),
+    ("pausing before it was submitted", RUNNING | {"status": "pausing", "ray": "absent"}, [Rest("j")]),
+    ("done before the pause", TOLD | {"outcome": True}, [Finish("j")]),
+    ("paused", {"status": "paused", "attempt": 1}, []),
+    ("cancelled while paused", {"status": "cancelled", "attempt": 1, "ray": "ended"}, [Release("j")]),
     ("over", {"status": "succeeded", "attempt": 1, "submitted": True, "released": True}, []),
 ]
 
@@ -52,6 +95,7 @@ NO_CLUSTER = [
     ("done", RUNNING | {"submitted": True, "outcome": True}, [Finish("j")]),
     ("cancelled", {"status": "cancelled", "attempt": 1, "submitted": True}, []),
     ("files", {"status": "validating_files"}, [CheckFiles("j")]),
+    ("pausing", TOLD | {"ray": "unknown", "training": False}, []),
 ]
 
 
@@ -71,6 +115,13 @@ def test_a_final_job_holds_its_place_until_it_has_left() -> None:
     assert decide([leaving, Seen(id="b", status="queued")], True, NOW, LIMITS) == [Wait("b", "waiting for the job before it: 1 ahead")]
     gone = Seen(id="a", status="succeeded", attempt=1, submitted=True, ray="ended", ended_at=NOW)
     assert decide([gone, Seen(id="b", status="queued")], True, NOW, LIMITS) == [Release("a"), Start("b", 1)]
+
+
+def test_a_pausing_job_holds_its_place_until_it_has_left() -> None:
+    waiting = Seen(id="b", status="queued")
+    assert decide([Seen(id="a", **TOLD), waiting], True, NOW, LIMITS) == [Wait("b", "waiting for the job before it: 1 ahead")]
+    assert decide([Seen(id="a", **LEFT), waiting], True, NOW, LIMITS) == [Rest("a"), Start("b", 1)]
+    assert decide([Seen(id="a", status="paused", attempt=1), waiting], True, NOW, LIMITS) == [Start("b", 1)]
 
 
 def test_a_job_in_its_pause_lets_others_pass() -> None:

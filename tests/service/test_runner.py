@@ -17,11 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from servicekit import BASE, Service, rows, service_on, wait_for
 
 from cluster import local
 from service.link import Link
+from service.order import LaunchOrder
 from service.results import table
 from service.runner import Runner
 from trainers.records import RunDir, StepRecord
@@ -216,6 +217,95 @@ def test_a_pause_is_no_loss(client: OpenAI, runner: Runner, service: Service) ->
     assert client.fine_tuning.jobs.retrieve(job).status == "queued" and gone(pid)
     assert ended(client, runner, job).status == "succeeded"
     assert "Attempt 2 started." in messages(client, job) and not [m for m in messages(client, job) if "lost" in m]
+
+
+def steps_made(service: Service, job: str) -> list[tuple[int, int]]:
+    """(step, attempt) of every step record, in the order of writing."""
+    return [(r.step, r.attempt) for _, records in RunDir(service.settings.runs / job).step_segments() for r in records]
+
+
+def test_pause_and_resume_go_on_where_training_stopped(client: OpenAI, runner: Runner, service: Service) -> None:
+    job, other = create(client, steps=60, seconds=0.1), create(client, steps=2)
+    pid = until(runner, lambda: driver_pid(service, job))
+    until(runner, lambda: any("Step 3/" in m for m in messages(client, job)))
+    assert client.fine_tuning.jobs.pause(job).status == "pausing"
+    assert client.fine_tuning.jobs.pause(job).status == "pausing"  # asked twice, it is the same
+    until(runner, lambda: client.fine_tuning.jobs.retrieve(job).status == "paused")
+    assert gone(pid)
+    [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job).data or [None]
+    assert checkpoint is None or checkpoint.step_number < 60
+    again = Runner(service.settings, service.store, service.link)  # the service starts again
+    assert ended(client, again, other).status == "succeeded"  # the cluster is free for others
+    assert client.fine_tuning.jobs.retrieve(job).status == "paused"
+
+    assert client.fine_tuning.jobs.resume(job).status == "queued"
+    done = ended(client, again, job)
+    assert done.status == "succeeded" and done.trained_tokens == 600
+    made = steps_made(service, job)
+    assert [step for step, _ in made] == list(range(1, 61)) and {attempt for _, attempt in made} == {1, 2}
+    told = messages(client, job)
+    assert "The job is paused and has left the cluster." in told and "The job was resumed." in told
+    assert not [m for m in told if "lost" in m]
+    with pytest.raises(BadRequestError, match="already succeeded"):
+        client.fine_tuning.jobs.pause(job)
+
+
+def test_a_pause_taken_back_costs_at_most_an_attempt(client: OpenAI, runner: Runner, service: Service) -> None:
+    job = create(client, steps=40, seconds=0.1)
+    until(runner, lambda: any("Step 2/" in m for m in messages(client, job)))
+    client.fine_tuning.jobs.pause(job)
+    runner.step()
+    assert client.fine_tuning.jobs.resume(job).status == "running"
+    done = ended(client, runner, job)
+    assert done.status == "succeeded" and [step for step, _ in steps_made(service, job)] == list(range(1, 41))
+    assert not [m for m in messages(client, job) if "lost" in m]
+
+
+def test_a_pause_before_training_stops_at_once(client: OpenAI, runner: Runner, service: Service) -> None:
+    job = create(client, steps=3, prepare_s=60)
+    pid = until(runner, lambda: driver_pid(service, job))
+    until(runner, lambda: (detail := client.get(f"/tuneyard/jobs/{job}", cast_to=object)) and detail["stage"] == "prepare")  # type: ignore[index]
+    client.fine_tuning.jobs.pause(job)
+    started = time.monotonic()
+    until(runner, lambda: client.fine_tuning.jobs.retrieve(job).status == "paused")
+    assert gone(pid) and time.monotonic() - started < 15
+    client.fine_tuning.jobs.resume(job)
+    until(runner, lambda: driver_pid(service, job, attempt=2))
+    client.fine_tuning.jobs.cancel(job)
+    until(runner, lambda: gone(driver_pid(service, job, attempt=2)))
+
+
+def test_a_queued_job_is_paused_and_a_paused_one_cancelled(client: OpenAI, runner: Runner, service: Service) -> None:
+    first, second = create(client, steps=10_000), create(client, steps=1)
+    until(runner, lambda: client.fine_tuning.jobs.retrieve(first).status == "running")
+    assert client.fine_tuning.jobs.pause(second).status == "paused"
+    client.fine_tuning.jobs.pause(first)
+    until(runner, lambda: client.fine_tuning.jobs.retrieve(first).status == "paused")
+    runner.step()
+    assert client.fine_tuning.jobs.retrieve(second).status == "paused"
+    assert client.fine_tuning.jobs.cancel(first).status == "cancelled"
+    runner.step()
+    assert service.store.job(client.fine_tuning.jobs.retrieve(first).organization_id, first).released  # type: ignore[union-attr]
+    client.fine_tuning.jobs.resume(second)
+    assert ended(client, runner, second).status == "succeeded"
+
+
+def test_a_resize_starts_the_next_attempt_with_other_workers(client: OpenAI, runner: Runner, service: Service) -> None:
+    job = create(client, steps=40, seconds=0.1)
+    until(runner, lambda: any("Step 2/" in m for m in messages(client, job)))
+    detail: Any = client.post(f"/tuneyard/jobs/{job}/resize", body={"workers": 1}, cast_to=object)
+    assert detail["workers"] == 1
+    with pytest.raises(BadRequestError, match="the cluster has 1 CPUs"):
+        client.post(f"/tuneyard/jobs/{job}/resize", body={"workers": 3}, cast_to=object)
+    done = ended(client, runner, job)
+    assert done.status == "succeeded" and [step for step, _ in steps_made(service, job)] == list(range(1, 41))
+    told = messages(client, job)
+    assert "Asked to train with 1 worker(s)." in told and "Attempt 2 started." in told
+    assert not [m for m in told if "lost" in m]
+    order = RunDir(service.settings.runs / job).read("launch.json", LaunchOrder)
+    assert order and (order.attempt, order.workers) == (2, 1)
+    with pytest.raises(BadRequestError, match="already succeeded"):
+        client.post(f"/tuneyard/jobs/{job}/resize", body={"workers": 1}, cast_to=object)
 
 
 def test_only_one_of_two_runners_acts(client: OpenAI, runner: Runner, service: Service) -> None:
