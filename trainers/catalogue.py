@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -45,6 +46,8 @@ class Base(BaseModel):
     learning_rate: dict[str, float]
     batch_size: int
     aliases: tuple[str, ...] = ()
+    shape: dict[str, Any] = {}
+    """What config.json says of the model's size, so that a job can be planned before anything is downloaded."""
 
 
 @cache
@@ -80,6 +83,8 @@ def find_any(name: str) -> Base:
             learning_rate=RATES,
             batch_size=16,
         )
+    if known := next((base for base in catalogue().values() if name == base.hub), None):
+        return known
     if "/" in name and not Path(name).exists():
         return Base(id=name.split("/")[-1].lower(), hub=name, licence="unknown", context=2048, learning_rate=RATES, batch_size=16)
     return find(name)
