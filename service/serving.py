@@ -72,7 +72,7 @@ class Serving:
                 continue
             if tasks or not answers_alone(job):
                 bases.add(job.base)
-            if serve and job.status == "running" and (folder := whole_folder(self.settings, job)):
+            if serve and job.status in ("running", "pausing") and (folder := whole_folder(self.settings, job)):
                 add(job, folder, needed=True)
         for job in self.store.tuned():
             if answers_alone(job):

@@ -14,9 +14,11 @@ from service.api.auth import Caller, Cluster, Config, Db
 from service.api.jobs import adapter_folder, not_callable
 from service.settings import Settings
 from service.store import Job, Project, Store
+from trainers import vault
 from trainers.catalogue import catalogue, find
 from trainers.errors import UnknownModel, UserError
 from trainers.records import ModelRecord, RunDir
+from trainers.spec import JobSpec
 
 router = APIRouter(prefix="/v1/models")
 
@@ -93,9 +95,14 @@ def delete(settings: Config, store: Db, link: Cluster, caller: Caller, model: st
     job = store.job_by_model(caller.id, model)
     if job is None or job.status != "succeeded":
         raise UnknownModel(f"There is no tuned model `{model}`.", "List what there is with GET /v1/models.", "model")
+    run, part = RunDir(settings.runs / job.id), JobSpec.parse(job.spec).checkpoint
+    if part.to is not None:  # first: where that fails, the model is still there to be deleted again
+        place = vault.at(run, part)
+        for name in place.names():
+            place.delete(name)
     store.change(job.id, model_deleted=True)  # from now on the runner unloads it
     store.forget_app(job.id)
     link.changed.set()
     for folder in ("adapters", "checkpoints", "model", "exports"):
-        shutil.rmtree(settings.runs / job.id / folder, ignore_errors=True)
+        shutil.rmtree(run.path(folder), ignore_errors=True)
     return {"id": model, "object": "model", "deleted": True}

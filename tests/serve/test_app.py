@@ -149,32 +149,32 @@ def test_a_client_that_leaves_stops_its_generation(served) -> None:
 def kind(served, tiny: Path, tmp_path: Path) -> tuple[RunDir, ModelRecord, Chat]:
     """A run whose model was trained with another template than its base's, and the chat of that."""
     run, model = run_with("adapters/kind", tmp_path / "run")
-    shutil.copytree(served.adapters[0], run.path(model.adapter))
+    shutil.copytree(served.adapters[0], run.path(str(model.adapter)))
     template = (tiny / TEMPLATE_FILE).read_text().replace("Be helpful.", "Be kind to all who ask.")
-    run.path(model.adapter, TEMPLATE_FILE).write_text(template)
+    run.path(str(model.adapter), TEMPLATE_FILE).write_text(template)
     return run, model, Chat.load(tiny, template)
 
 
 def test_an_adapter_is_asked_with_the_template_it_was_trained_with(served, tiny: Path, kind: tuple[RunDir, ModelRecord, Chat]) -> None:
     run, model, chat = kind
     assert len(chat.prompt(MESSAGES)) != len(Chat.load(tiny).prompt(MESSAGES))
-    assert ask(served, str(run.path(model.adapter))).usage.prompt_tokens == len(chat.prompt(MESSAGES))
+    assert ask(served, str(run.path(str(model.adapter)))).usage.prompt_tokens == len(chat.prompt(MESSAGES))
     assert ask(served, served.adapters[0]).usage.prompt_tokens == ask(served).usage.prompt_tokens == len(Chat.load(tiny).prompt(MESSAGES))
     assert deploy(run, model, "ft:tiny:kind", served.url, served.token, chat).model == "ft:tiny:kind"
 
 
 def test_deploy_refuses_an_adapter_that_lost_its_template(served, kind: tuple[RunDir, ModelRecord, Chat]) -> None:
     run, model, chat = kind
-    run.path(model.adapter, TEMPLATE_FILE).unlink()
+    run.path(str(model.adapter), TEMPLATE_FILE).unlink()
     with pytest.raises(Unavailable, match="other tokens"):
         deploy(run, model, "ft:tiny:kind", served.url, served.token, chat)
 
 
 def test_an_adapter_with_an_unusable_template(served, kind: tuple[RunDir, ModelRecord, Chat]) -> None:
     run, model, _ = kind
-    run.path(model.adapter, TEMPLATE_FILE).write_text("{% for m in messages %}{{ m.content }}")
+    run.path(str(model.adapter), TEMPLATE_FILE).write_text("{% for m in messages %}{{ m.content }}")
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(served, str(run.path(model.adapter)))
+        ask(served, str(run.path(str(model.adapter))))
     assert caught.value.code == "invalid_template"
 
 
@@ -187,7 +187,7 @@ def run_with(adapter: str, folder: Path) -> tuple[RunDir, ModelRecord]:
 
 def test_deploy_writes_its_record_once_the_name_answers(served, tiny: Path, tmp_path: Path) -> None:
     run, model = run_with("adapters/pas-à-pas", tmp_path)  # also where a header must carry more than ASCII
-    shutil.copytree(served.adapters[0], run.path(model.adapter))
+    shutil.copytree(served.adapters[0], run.path(str(model.adapter)))
     record = deploy(run, model, "ft:tiny:job", served.url, served.token, Chat.load(tiny))
     assert record.model == "ft:tiny:job" and 0 < record.first_answer_s < 60
     stored = run.read("deploy.json", DeployRecord)

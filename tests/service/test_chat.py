@@ -143,6 +143,22 @@ def test_a_whole_tuned_model_answers_through_an_app_of_its_own(service: Service,
         client.chat.completions.create(model=unmerged, messages=HI)
 
 
+def test_deleting_a_model_removes_checkpoints_wherever_they_lie(tmp_path: Path, service: Service, client: OpenAI) -> None:
+    name, _ = succeeded(service, client)
+    job = service.store.tuned()[0]
+    bucket = tmp_path / "bucket"
+    service.store.change(job.id, spec={**job.spec, "checkpoint": {"to": f"file://{bucket}"}})
+    for run in (job.id, "ftjob-another"):
+        folder = bucket / run / "step-000003-a1"
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").write_text("{}")
+    exported = service.settings.runs / job.id / "exports" / "x.gguf"
+    exported.parent.mkdir()
+    exported.write_bytes(b"?")
+    client.models.delete(name)
+    assert [p.parent.name for p in bucket.glob("*/step-*")] == ["ftjob-another"] and not exported.exists()
+
+
 def test_an_unloaded_model_that_is_asked_goes_to_the_front(service: Service, client: OpenAI, upstream: Upstream) -> None:
     service.store.ask_for(BASE)
     [before] = service.store.demand()

@@ -103,7 +103,7 @@ def says(folder: Path) -> str:
     from trainers.chat import Chat
 
     ids = torch.tensor([Chat.load(folder).prompt(ASK["messages"])])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     made = model.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
     return AutoTokenizer.from_pretrained(folder).decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
