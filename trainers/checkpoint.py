@@ -8,13 +8,11 @@ Reading checks the manifest: a damaged checkpoint is passed over, with an event,
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,13 +21,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainers import shards, vault
+from trainers import manifest, shards, vault
 from trainers.errors import CheckpointError, SpecError, Unavailable, UserError
+from trainers.manifest import best as best
+from trainers.manifest import fetch as fetch
+from trainers.manifest import folders as folders
+from trainers.manifest import prune as prune
+from trainers.manifest import read_manifest as read_manifest
+from trainers.manifest import seal
 from trainers.parallel import World
 from trainers.records import CheckpointRecord, RunDir, checkpoint_name, parse_checkpoint_name, write_atomic
 from trainers.spec import CheckpointPart
-from trainers.state import SUFFIX, Image, State, shard_file
-from trainers.vault import MANIFEST, Stated, Vault
+from trainers.state import SUFFIX, Image, shard_file
+from trainers.state import State as State
+from trainers.vault import MANIFEST, Stated
 
 PROGRESS = "progress.json"
 RETRIES_S = (1.0, 4.0, 16.0)
@@ -60,143 +65,6 @@ class Progress:
     def last_loss(self) -> float:
         """Training loss of the last step that had one, or the mean before the last validation; 0 at the start."""
         return self.losses[-1] if self.losses else self.history[-1][1] if self.history else 0.0
-
-
-# -- the manifest ------------------------------------------------------------------------------------------------------------
-
-
-def seal(record: CheckpointRecord) -> str:
-    """The manifest's text, which holds the hash of itself (with zeros in the hash's place): a manifest can be damaged, too."""
-    text = record.model_copy(update={"sha256": "0" * 64}).model_dump_json(indent=2)
-    return text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest())
-
-
-def unseal(content: bytes) -> CheckpointRecord:
-    """The record in a manifest. Raises ValueError where a byte of it has changed."""
-    found = re.search(rb'"sha256": "([0-9a-f]{64})"\s*}\s*$', content)
-    if found is None or hashlib.sha256(content[: found.start(1)] + b"0" * 64 + content[found.end(1) :]).hexdigest() != found[1].decode():
-        raise ValueError("its manifest has changed")
-    return CheckpointRecord.model_validate_json(content)
-
-
-def read_manifest(folder: Path, verify: bool = False) -> CheckpointRecord:
-    """The folder's record; with `verify`, after checking every file's size and hash. Raises CheckpointError."""
-    place = vault.Folder(folder.parent)
-    record = _manifest(place, folder.name)
-    if verify:
-        _verify(place, folder.name, record.files)
-    return record
-
-
-def _manifest(place: Vault, name: str) -> CheckpointRecord:
-    try:
-        return unseal(vault.read(place, name, MANIFEST))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{name} has no readable manifest.") from None
-
-
-def _verify(place: Vault, name: str, files: dict[str, Stated]) -> None:
-    for file, stated in files.items():
-        try:
-            source = place.open(name, file)
-            whole = source.size == stated["bytes"] and vault.digest(source) == stated["sha256"]
-        except OSError:
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{name}/{file} does not match its manifest.")
-
-
-def _readable(place: Vault) -> dict[str, CheckpointRecord]:
-    """Checkpoints whose manifest can be read, oldest first: one that was damaged must not stop the run that went on without it."""
-    found: dict[str, CheckpointRecord] = {}
-    for name in _ordered(place.names()):
-        with suppress(CheckpointError):
-            found[name] = _manifest(place, name)
-    return found
-
-
-def _ordered(names: Iterable[str]) -> list[str]:
-    """Those that name a checkpoint, by step, then attempt."""
-    return sorted((n for n in names if parse_checkpoint_name(n)), key=lambda n: parse_checkpoint_name(n) or (0, 0))
-
-
-# -- which to keep, which to use ---------------------------------------------------------------------------------------------
-
-
-def best(run: RunDir, part: CheckpointPart | None = None) -> CheckpointRecord | None:
-    """The manifest with the lowest validation loss; without validation, the last one."""
-    return _best(list(_readable(vault.at(run, part or CheckpointPart())).values()))
-
-
-def _best(records: list[CheckpointRecord]) -> CheckpointRecord | None:
-    judged = [r for r in records if r.valid_loss is not None]
-    return min(judged, key=lambda r: (r.valid_loss, -r.step)) if judged else (records[-1] if records else None)  # type: ignore[return-value]
-
-
-def prune(place: Vault, keep_last: int, keep_best: bool, proven: Collection[str] = (), damaged: Collection[str] = ()) -> list[str]:
-    """Delete checkpoints beyond the newest `keep_last` (and the best); returns their names. Adapters stay: they are small, and callable.
-
-    Only whole ones that are not known to be `damaged` count, and nothing is deleted unless one that stays is good: it is in `proven`, or
-    is read and hashed now.
-    """
-    place = vault.at(place, CheckpointPart()) if isinstance(place, RunDir) else place  # until trainers.train uses Checkpointer
-    present = _readable(place)
-    whole = [n for n, record in present.items() if n not in damaged and _sizes_match(place, n, record)]
-    kept = set(whole[-keep_last:])
-    if keep_best and (winner := _best([present[n] for n in whole])):
-        kept |= {n for n in whole if present[n] is winner}
-    if not any(n in proven or _is_good(place, n, present[n]) for n in _ordered(kept)[::-1]):
-        return []
-    doomed = [n for n in present if n not in kept]
-    for name in doomed:
-        place.delete(name)
-    return doomed
-
-
-def _sizes_match(place: Vault, name: str, record: CheckpointRecord) -> bool:
-    present = place.files(name)
-    return all(present.get(file) == stated["bytes"] for file, stated in record.files.items())
-
-
-def _is_good(place: Vault, name: str, record: CheckpointRecord) -> bool:
-    try:
-        _verify(place, name, record.files)
-    except CheckpointError:
-        return False
-    return True
-
-
-def fetch(run: RunDir, part: CheckpointPart, step: int) -> Path:
-    """A local folder with the checkpoint of `step`, verified. Where it lies elsewhere it is copied to `checkpoints/.fetched` of the run
-    directory, which the caller may delete. Raises CheckpointError where no attempt's is whole."""
-    place = vault.at(run, part)
-    problem = "there is none"
-    for name in reversed([n for n in _ordered(place.names()) if n.startswith(checkpoint_name(step, 0)[:-1])]):
-        try:
-            record = _manifest(place, name)
-            if isinstance(place, vault.Folder):
-                _verify(place, name, record.files)
-                return place.root / name
-            local = vault.Folder(run.path("checkpoints", ".fetched"))
-            with suppress(CheckpointError):
-                _verify(local, name, record.files)
-                return local.root / name
-            vault.copy(place, local, name, record.files)
-            _verify(local, name, record.files)
-            return local.root / name
-        except CheckpointError as error:
-            problem = str(error).rstrip(".")
-    raise CheckpointError(f"The checkpoint of step {step} cannot be used: {problem}.", "Train again, or use another step.")
-
-
-def folders(run: RunDir) -> list[Path]:
-    """Checkpoints in the run directory by step, then attempt, oldest first. What lacks a manifest is none."""
-    place = vault.Folder(run.path("checkpoints"))
-    return [place.root / n for n in _ordered(place.names()) if (place.root / n / MANIFEST).exists()]
-
-
-def adapter_name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 # -- one worker's view -------------------------------------------------------------------------------------------------------
@@ -286,7 +154,7 @@ class Checkpointer:
         """Checkpoints, oldest first, after what was left unfinished is removed."""
         if self.part.to is not None:
             self.vault.check()
-        names = _ordered(self.vault.names())
+        names = manifest.ordered(self.vault.names())
         unfinished = [n for n in names if MANIFEST not in self.vault.files(n)]
         for name in unfinished:
             if (parse_checkpoint_name(name) or (0, 0))[1] <= self.run.attempt:
@@ -305,14 +173,14 @@ class Checkpointer:
     def _damage(self, name: str) -> CheckpointError | None:
         """What is wrong with this worker's share of a checkpoint's files."""
         try:
-            files = _manifest(self.vault, name).files
-            _verify(self.vault, name, {f: files[f] for f in sorted(files)[self.world.rank :: self.world.size]})
+            files = manifest.record_of(self.vault, name).files
+            manifest.check_files(self.vault, name, {f: files[f] for f in sorted(files)[self.world.rank :: self.world.size]})
         except CheckpointError as error:
             return error
         return None
 
     def _load(self, name: str, targets: dict[str, Tensor]) -> Progress:
-        files = _manifest(self.vault, name).files
+        files = manifest.record_of(self.vault, name).files
         state = State({file: self.vault.open(name, file) for file in sorted(files) if file.endswith(SUFFIX)})
         parts = {key: shards.part(tensor, self.world.rank) for key, tensor in targets.items()}
         for key, mine in parts.items():
@@ -440,7 +308,7 @@ class Checkpointer:
         for rank in range(self.world.size):
             files |= json.loads(vault.read(self.vault, save.name, _note(rank)))
         record = save.record.model_copy(update={"files": dict(sorted(files.items()))})
-        if not _sizes_match(self.vault, save.name, record):
+        if not manifest.sizes_match(self.vault, save.name, record):
             raise OSError("files that were written are not there")
         text = seal(record)
         self.run.check_lease()
@@ -500,6 +368,10 @@ class Checkpointer:
             kind = SpecError if failed[1] else Unavailable
             raise kind(f"Another worker could not use the checkpoints in {self.vault.where}.", "Its own error says why.")
         return result  # type: ignore[return-value]
+
+
+def adapter_name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def publish_adapter(run: RunDir, step: int, adapter: Callable[[Path], None]) -> None:
