@@ -44,7 +44,7 @@ def quantize(w_OI: Tensor, double_quant: bool = True) -> Packed:
 
     It is rounded to bf16 first, whatever dtype its file has: so do transformers and bitsandbytes where a model is loaded in bf16.
     """
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes()
     flat = w_OI.detach().reshape(-1)
     codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     scales_B = torch.empty(math.ceil(flat.numel() / BLOCK), dtype=torch.float32, device=flat.device)
@@ -55,17 +55,19 @@ def quantize(w_OI: Tensor, double_quant: bool = True) -> Packed:
         scales_B[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
     if not double_quant:
         return Packed(codes, scales_B, None, None)
+    # On the host, whatever the device: kernels differ in how they look for the nearest of the 256 levels, and a merge on another machine
+    # must find the scales that training held.
+    scales_B = scales_B.cpu()
     mean = scales_B.mean()
-    scales, state = bnb.quantize_blockwise(scales_B - mean, code=_code(flat.device), blocksize=SCALE_BLOCK)
-    return Packed(codes, scales, state.absmax, mean)
+    scales, state = bnb.quantize_blockwise(scales_B - mean, code=dynamic_code(scales_B.device), blocksize=SCALE_BLOCK)
+    return Packed(codes, scales.to(flat.device), state.absmax.to(flat.device), mean.to(flat.device))
 
 
 def dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The weight (O, I) that `packed` stands for, in bf16, fp16 or fp32."""
-    _bitsandbytes()
     scales_B = packed.scales_B
     if packed.scales_S is not None and packed.mean is not None:
-        code = _code(scales_B.device)
+        code = dynamic_code(scales_B.device)
         scales_B = torch.ops.bitsandbytes.dequantize_blockwise.default(scales_B, packed.scales_S, code, SCALE_BLOCK, torch.float32)
         scales_B += packed.mean
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed.codes.view(-1, 1), scales_B, BLOCK, "nf4", list(shape), dtype)
@@ -77,7 +79,7 @@ def round_trip(w_OI: Tensor, double_quant: bool = True, dtype: torch.dtype = tor
 
 
 @functools.cache
-def _bitsandbytes() -> Any:
+def bitsandbytes() -> Any:
     """bitsandbytes' functions and, as `torch.ops.bitsandbytes`, its kernels; loaded (0.8 s) where they are used."""
     # It warns at import that an optional kernel for inference cannot be fetched.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -86,7 +88,11 @@ def _bitsandbytes() -> Any:
     return functional
 
 
-@functools.cache
-def _code(device: torch.device) -> Tensor:
+def dynamic_code(device: torch.device, signed: bool = True) -> Tensor:
     """The 256 levels of the 8-bit dynamic code, float32."""
-    return _bitsandbytes().create_dynamic_map().to(device)
+    if (device, signed) not in _codes:
+        _codes[device, signed] = bitsandbytes().create_dynamic_map(signed).to(device)
+    return _codes[device, signed]
+
+
+_codes: dict[tuple[torch.device, bool], Tensor] = {}  # a plain dict, through which torch.compile can see

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from trainers.adam8bit import AdamW8bit
+from trainers.adam_bf16 import AdamWBf16
+from trainers.errors import SpecError
 from trainers.spec import Optim
 
 NORMS_KEPT = 50
@@ -16,12 +21,60 @@ SPIKE_STEPS = 10
 """So many norms are needed before one can be called a spike."""
 
 
-def build(parameters: dict[str, nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """AdamW over all parameters, fp32 state; vectors (norms, biases) are never decayed."""
-    decayed = [p for p in parameters.values() if p.dim() > 1]
-    kept = [p for p in parameters.values() if p.dim() <= 1]
+def build(masters: Mapping[str, Tensor], optim: Optim, master: Literal["fp32", "bf16"] = "fp32", seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW over all masters; vectors (norms, biases) are never decayed.
+
+    Every slot of its state exists at once, all zeros, so that a checkpoint can be read into it. `master` is the dtype of the masters.
+    Raises SpecError for what cannot be had together.
+    """
+    decayed = [m for m in masters.values() if m.dim() > 1]
+    kept = [m for m in masters.values() if m.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=float(optim.learning_rate), betas=optim.betas, fused=True)
+    groups = [g for g in groups if g["params"]]
+    rate = float(optim.learning_rate)
+    if optim.type == "adamw8bit":
+        _check_8bit(masters, master)
+        return AdamW8bit(groups, rate, optim.betas)
+    if master == "bf16":
+        _check_bf16(masters)
+        return AdamWBf16(groups, {m: name for name, m in masters.items()}, rate, optim.betas, seed)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=optim.betas, fused=True)
+    for tensor in masters.values():
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),  # where and what the fused kernel wants
+            "exp_avg": torch.zeros_like(tensor, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),
+        }
+    return optimizer
+
+
+def state(optimizer: torch.optim.Optimizer, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's own tensors, as `{name}.{slot}`."""
+    return {f"{name}.{slot}": value for name, tensor in masters.items() for slot, value in optimizer.state[tensor].items()}
+
+
+def _check_8bit(masters: Mapping[str, Tensor], master: str) -> None:
+    if master == "bf16":
+        raise SpecError(
+            "`optim.type` is adamw8bit and `scale.master` is bf16: each rounds in its own way, and both at once were never tried.",
+            "Set `scale.master` to fp32, or `optim.type` to adamw.",
+            "optim.type",
+        )
+    if any(isinstance(m, DTensor) for m in masters.values()):
+        raise SpecError(
+            "`optim.type` is adamw8bit where weights are sharded: a scale's 256 elements would lie on two workers.",
+            "Set `optim.type` to adamw, or `scale.sharding` to none.",
+            "optim.type",
+        )
+
+
+def _check_bf16(masters: Mapping[str, Tensor]) -> None:
+    if other := [m.dtype for m in masters.values() if m.dtype != torch.bfloat16]:
+        raise SpecError(
+            f"`scale.master` is bf16, but what is trained here is {str(other[0]).removeprefix('torch.')}: adapters always are.",
+            "Set `scale.master` to fp32, or train all weights (`method.type: full`) with `scale.precision: bf16`.",
+            "scale.master",
+        )
 
 
 def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
