@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
-def make_tiny(folder: Path, **config: int) -> Path:
+def make_tiny(folder: Path, **config: Any) -> Path:
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -57,7 +57,7 @@ def make_tiny(folder: Path, **config: int) -> Path:
         "max_position_embeddings": 512,
         **config,
     }
-    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2))
+    model = LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": True, **shape}, bos_token_id=1, eos_token_id=2, pad_token_id=2))
     with torch.no_grad():  # the default init is so small that every logit is about equal; a test could not tell right from wrong
         for parameter in model.parameters():
             if parameter.dim() > 1:

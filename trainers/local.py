@@ -25,7 +25,7 @@ from trainers.catalogue import find_any
 from trainers.chat import Chat
 from trainers.errors import TuneyardError
 from trainers.fetch import default_models, ensure
-from trainers.parallel import World
+from trainers.parallel import World, leave
 from trainers.prepare import prepare
 from trainers.records import TEMPLATE_FILE, PrepareRecord, RunDir, StepRecord, TrainRecord, write_atomic
 from trainers.spec import JobSpec
@@ -99,4 +99,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    leave(ended)
+    sys.exit(ended)

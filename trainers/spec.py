@@ -260,7 +260,7 @@ class Scale(Part):
     reshard: bool = True
     """With sharding: free a block's gathered weights after its forward pass and gather them again in the backward pass."""
     activation_checkpointing: Auto | Literal["none", "selective", "full"] = "auto"
-    """What the backward pass computes again instead of keeping it: nothing; all but matrix products; each block. `auto`: `full` on GPUs
+    """What the backward pass computes again instead of keeping it: nothing, every second block, or each block. `auto`: `full` on GPUs
     where the base is beyond 4 GB, else nothing."""
     cpu_offload: bool = False
     """With sharding: keep weights, gradients and optimizer state in the host's memory."""

@@ -1,7 +1,7 @@
 """The training loop, from one worker's point of view. Imports no Ray: a launcher (Ray Train, torchrun, nothing) calls `train`.
 
     restore -> for every step: forward and backward over this worker's micro-batches, one sum over all workers, one update
-            -> now and then: validate, save a checkpoint
+            -> now and then: validate, answer a few examples, save a checkpoint beside the next steps
 
 Every decision that changes what is computed depends on the spec, the token store and the step number only, so a run that was
 killed and resumed is the run that was not.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainers import batching, checkpoint, lora, model, optim, trend
+from trainers import batching, checkpoint, methods, model, noise, optim, trend
 from trainers.batching import Order
-from trainers.checkpoint import Progress
-from trainers.errors import UserError
+from trainers.checkpoint import Checkpointer, Progress
+from trainers.errors import OutOfMemory, UserError
+from trainers.learner import Learner
 from trainers.parallel import World
-from trainers.records import TEMPLATE_FILE, CheckpointRecord, RunDir, StepRecord, TrainRecord
+from trainers.records import TEMPLATE_FILE, CheckpointRecord, RunDir, SampleRecord, StepRecord, TrainRecord
 from trainers.spec import JobSpec
 from trainers.store import TokenStore
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLUSH_S = 1.0
 """Metrics reach the run directory at most this late."""
 
@@ -44,6 +44,20 @@ class Measured:
     weight: float
 
 
+@dataclass(frozen=True)
+class Made:
+    """What one step did."""
+
+    measured: Measured
+    """Before the update."""
+    norm: float
+    """Of the gradient, before clipping."""
+    skipped: bool
+    """The gradient was bad, and nothing changed."""
+    stop: bool
+    """Some worker was asked to stop."""
+
+
 def train(
     spec: JobSpec,
     model_dir: Path,
@@ -53,14 +67,25 @@ def train(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[StepRecord], None] = lambda _: None,
+    since: Mapping[str, float] | None = None,
 ) -> TrainRecord:
     """Train until done or asked to stop. `spec` is resolved (no `auto`); all workers pass the same arguments.
 
     `should_stop` is asked once a step on each worker; if any says yes, all save a checkpoint and return. What the job's owner must
-    mend is returned as a failed record, not raised: launchers retry what is raised.
+    mend is returned as a failed record, not raised: launchers retry what is raised. `since` names the moments (seconds since the epoch)
+    that came before the loop, in order, for the account of the time up to the first step.
     """
     try:
-        return _train(spec, model_dir, store, run, world, should_stop, on_step)
+        return _train(spec, model_dir, store, run, world, should_stop, on_step, dict(since or {}))
+    except torch.OutOfMemoryError as error:
+        problem = OutOfMemory(
+            f"A worker ran out of GPU memory ({str(error).split('. ')[0]}).",
+            "Lower `scale.tokens_per_microbatch`, set `scale.activation_checkpointing` to full, or use more workers with sharding.",
+            "scale",
+        )
+        if world.size > 1:  # the others wait in a collective: only the launcher can end them
+            raise problem from None
+        return TrainRecord(status="failed", error=problem.to_dict())
     except UserError as error:
         return TrainRecord(status="failed", error=error.to_dict())
 
@@ -73,22 +98,26 @@ def _train(
     world: World,
     should_stop: Callable[[], bool],
     on_step: Callable[[StepRecord], None],
+    moments: dict[str, float],
 ) -> TrainRecord:
+    moments["loop started"] = time.time()
     examples, held_out = TokenStore(store, "train"), TokenStore(store, "validation")
     order = Order(examples.key, len(examples), spec.optim.epochs, int(spec.optim.batch_size), spec.optim.seed)
+    moments["store opened"] = time.time()
 
-    trainee = model.Trainee(lora.apply(model.load(model_dir, DTYPES[spec.scale.precision], world.device), spec.method, spec.optim.seed))
-    parameters = lora.trainable(trainee.model)
-    optimizer = optim.build(parameters, spec.optim)
     leader = world.rank == 0
-    progress = checkpoint.restore(run, parameters, optimizer, lambda line: run.event(line, "warn") if leader else None)
+    learner = Learner.build(spec, model_dir, world)
+    moments["weights loaded"] = time.time()
+    saver = Checkpointer(run, world, spec.checkpoint)
+    progress = saver.restore(learner.state(), lambda line: run.event(line, "warn") if leader else None)
+    learner.loaded()
+    moments["checkpoint restored"] = time.time()
+    make_ready(learner, run if leader else None)
+    moments["blocks compiled" if spec.scale.compile else "probed"] = time.time()
     log = StepLog(run) if leader else None
     if leader:
-        count = sum(p.numel() for p in parameters.values())
         start = f"Training resumes after step {progress.step}" if progress.step else "Training starts"
-        run.event(
-            f"{start}: {order.num_steps} steps of {order.batch_size} examples, {count:,} trainable parameters, {world.size} worker(s)."
-        )
+        run.event(f"{start}: {order.num_steps} steps of {order.batch_size} examples on {world.size} worker(s). {learner.line()}.")
 
     stopping = False
     enough = trend.should_stop(progress.history, spec.validate_.early_stopping)
@@ -96,10 +125,9 @@ def _train(
         started = time.perf_counter()
         rate = optim.learning_rate(spec.optim, progress.step, order.num_steps)
         chosen = order.step(progress.step)
-        measured, norm, skipped, stopping = train_step(
-            trainee, parameters, optimizer, examples, chosen, rate, spec, world, should_stop, progress.norms
-        )
-        guard(progress, measured, norm, skipped, spec, run if leader else None)
+        made = train_step(learner, examples, chosen, progress, rate, should_stop, saver)
+        stopping = made.stop
+        guard(progress, made, spec, run if leader else None)
         tokens = int(examples.lengths[chosen].sum())
         progress.step += 1
         progress.trained_tokens += tokens
@@ -108,24 +136,28 @@ def _train(
             step=progress.step,
             num_steps=order.num_steps,
             epoch=min(progress.step * order.batch_size / order.num_examples, order.epochs),
-            train_loss=measured.loss if math.isfinite(measured.loss) else progress.last_loss,
-            train_accuracy=measured.accuracy if math.isfinite(measured.accuracy) else 0.0,
+            train_loss=made.measured.loss if math.isfinite(made.measured.loss) else progress.last_loss,
+            train_accuracy=made.measured.accuracy if math.isfinite(made.measured.accuracy) else 0.0,
             learning_rate=rate,
-            grad_norm=norm if math.isfinite(norm) else 0.0,
+            grad_norm=made.norm if math.isfinite(made.norm) else 0.0,
             tokens=tokens,
             supervised_tokens=int(examples.supervised[chosen].sum()),
             seconds=time.perf_counter() - started,
-            skipped=skipped,
+            skipped=made.skipped,
         )
-        if not skipped:
-            progress.losses.append(measured.loss)
+        if moments and leader:
+            tell_start(run, moments)
+        moments.clear()
+        if not made.skipped:
+            progress.losses.append(made.measured.loss)
         last = progress.step == order.num_steps
         if len(held_out) and (last or progress.step % int(spec.validate_.every_steps) == 0):
-            valid, slices = evaluate(trainee, held_out, spec, world)
+            valid, slices = evaluate(learner, held_out)
             record = record.model_copy(update={"valid_loss": valid.loss, "valid_accuracy": valid.accuracy, "valid_slices": slices})
             progress.history.append([progress.step, sum(progress.losses) / max(1, len(progress.losses)), valid.loss])
             progress.losses.clear()
             enough = trend.should_stop(progress.history, spec.validate_.early_stopping)
+            answer(learner, held_out, progress.step, run)
         if log:
             log.add(record)
             if record.valid_loss is not None:
@@ -133,11 +165,11 @@ def _train(
         if last or stopping or enough or progress.step % int(spec.checkpoint.every_steps) == 0:
             if log:
                 log.flush()
-                save(run, spec, trainee, parameters, optimizer, progress, record, model_dir.name)
-            world.barrier()  # no worker runs ahead of a checkpoint that may yet fail
+            save(learner, saver, progress, record, run, model_dir.name)
         on_step(record)
+    saver.finish()
 
-    winner = checkpoint.best(run)
+    winner = checkpoint.best(run, spec.checkpoint) if leader else None
     return TrainRecord(
         status="finished" if enough or progress.step == order.num_steps else "stopped",
         step=progress.step,
@@ -148,70 +180,78 @@ def _train(
     )
 
 
+def make_ready(learner: Learner, run: RunDir | None) -> None:
+    """Compile where that is asked for, and check that the model can be trained at all; what cannot be compiled runs as it is."""
+    if learner.spec.scale.compile:
+        learner.compile()
+        try:
+            return learner.probe()
+        except UserError:
+            raise
+        except Exception as error:  # a compiler fails in a hundred ways, and none of them stops the model from running uncompiled
+            learner.uncompile()
+            cause = (str(error).strip().splitlines() or ["no reason given"])[-1][:200]
+            if run is not None:
+                run.event(f"Blocks run uncompiled: torch.compile failed ({type(error).__name__}: {cause}).", "warn")
+    learner.probe()
+
+
 def train_step(
-    trainee: model.Trainee,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     examples: TokenStore,
     chosen: np.ndarray,
+    progress: Progress,
     rate: float,
-    spec: JobSpec,
-    world: World,
-    should_stop: Callable[[], bool],
-    norms: list[float],
-) -> tuple[Measured, float, bool, bool]:
-    """One optimizer step on `chosen` examples: (loss before the update, gradient norm before clipping, whether skipped, whether to stop).
-
-    `norms` are those of the steps before; a gradient that `optim.is_bad` beside them changes nothing.
-    """
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    sums = _forward(trainee, examples, chosen, spec, world, backward=True)
+    should_stop: Callable[[], bool] = lambda: False,
+    saver: Checkpointer | None = None,
+) -> Made:
+    """One optimizer step on `chosen` examples, the one after `progress`. A gradient that `optim.is_bad` changes nothing."""
+    spec = learner.spec
+    learner.zero()
+    sums = _forward(learner, examples, chosen, progress.step)
 
     # The loss of a step is the weighted sum over all its tokens, wherever they were computed, divided once by the summed weights.
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    totals = torch.tensor([*sums, float(should_stop())], dtype=torch.float64)
-    world.sum_([*gradients, totals])
-    loss, correct, weight, stop = totals.tolist()
-    for gradient in gradients:
-        gradient /= weight
-    norm = optim.clip(gradients, spec.optim.max_grad_norm)
-    if optim.is_bad(norm, norms, spec.optim.max_spike):
-        return Measured(loss / weight, correct / weight, weight), norm, True, stop > 0
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return Measured(loss / weight, correct / weight, weight), norm, False, stop > 0
-
-
-def guard(progress: Progress, measured: Measured, norm: float, skipped: bool, spec: JobSpec, run: RunDir | None) -> None:
-    """Remember the norm, or tell of a skipped step; raises UserError when too many were skipped in a row."""
+    written = saver.written() if saver else True
+    totals = torch.tensor([*sums, float(should_stop()), float(written)], dtype=torch.float64)
+    learner.reduce(totals)
+    loss, correct, weight, stop, votes = totals.tolist()
+    norm = learner.scale(weight, spec.optim.max_grad_norm)
+    skipped = optim.is_bad(norm, progress.norms, spec.optim.max_spike)
+    if saver:
+        saver.wait_copied()  # a checkpoint on its way is copied beside the forward and backward pass
     if not skipped:
-        progress.norms = [*progress.norms[1 - optim.NORMS_KEPT :], norm]
+        learner.update(rate)
+    if saver:
+        saver.settle(votes == learner.world.size)
+    return Made(Measured(loss / weight, correct / weight, weight), norm, skipped, stop > 0)
+
+
+def guard(progress: Progress, made: Made, spec: JobSpec, run: RunDir | None) -> None:
+    """Remember the norm, or tell of a skipped step; raises UserError when too many were skipped in a row."""
+    if not made.skipped:
+        progress.norms = [*progress.norms[1 - optim.NORMS_KEPT :], made.norm]
         progress.skipped = 0
         return
     progress.skipped += 1
-    what = f"the gradient's norm is {norm:.4g}" if math.isfinite(norm) else "the gradient is not finite"
+    what = f"the gradient's norm is {made.norm:.4g}" if math.isfinite(made.norm) else "the gradient is not finite"
     if progress.skipped > spec.optim.max_skipped:
         raise UserError(
-            f"Step {progress.step + 1}: {what} (loss {measured.loss:.4g}), as in the {progress.skipped - 1} steps before it.",
+            f"Step {progress.step + 1}: {what} (loss {made.measured.loss:.4g}), as in the {progress.skipped - 1} steps before it.",
             "Lower `optim.learning_rate`.",
             "optim.learning_rate",
         )
     if run is not None:
-        run.event(f"Step {progress.step + 1} is skipped: {what} (loss {measured.loss:.4g}).", "warn", step=progress.step + 1)
+        run.event(f"Step {progress.step + 1} is skipped: {what} (loss {made.measured.loss:.4g}).", "warn", step=progress.step + 1)
 
 
-def evaluate(trainee: model.Trainee, examples: TokenStore, spec: JobSpec, world: World) -> tuple[Measured, dict[str, dict[str, float]]]:
+def evaluate(learner: Learner, examples: TokenStore) -> tuple[Measured, dict[str, dict[str, float]]]:
     """Loss and accuracy over all examples and over each slice of them, shared between the workers, without gradients."""
     members: dict[str | None, list[int]] = {}
     for i in range(len(examples)):
         members.setdefault(examples.slice(i), []).append(i)
     names = sorted(members, key=lambda name: (name is not None, name or ""))
-    totals = torch.tensor(
-        [_forward(trainee, examples, np.array(members[name]), spec, world, backward=False) for name in names], dtype=torch.float64
-    )
-    world.sum_([totals])
+    totals = torch.tensor([_forward(learner, examples, np.array(members[name])) for name in names], dtype=torch.float64)
+    learner.world.sum_([totals])
     loss, correct, weight = totals.sum(0).tolist()
     slices = {
         name: {"loss": part_loss / part_weight, "accuracy": part_correct / part_weight, "supervised_tokens": part_weight}
@@ -219,6 +259,35 @@ def evaluate(trainee: model.Trainee, examples: TokenStore, spec: JobSpec, world:
         if name is not None
     }
     return Measured(loss / weight, correct / weight, weight), slices
+
+
+def answer(learner: Learner, examples: TokenStore, step: int, run: RunDir) -> None:
+    """Let the model answer the first validation examples, for people to read. Whoever holds the weights takes part."""
+    leader = learner.world.rank == 0
+    if learner.over is None and not leader:
+        return
+    records = []
+    for i in range(min(learner.spec.validate_.samples, len(examples))):
+        ids, weights = examples.get(i)
+        begin = int(np.flatnonzero(weights)[0])
+        rest = np.flatnonzero(weights[begin:] == 0)
+        end = begin + int(rest[0]) if len(rest) else len(ids)
+        stop = frozenset([int(ids[end - 1])])  # what ends the reference's turn
+        given = model.greedy(learner.trainee, ids[:begin], learner.spec.validate_.sample_tokens, stop, learner.world.device)
+        records.append(
+            SampleRecord(step=step, example=i, prompt_ids=ids[:begin].tolist(), answer_ids=given, reference_ids=ids[begin:end].tolist())
+        )
+    if leader:
+        run.append("samples", records)
+
+
+def tell_start(run: RunDir, moments: dict[str, float]) -> None:
+    """Say where the time up to the first step went."""
+    moments = {**moments, "first step": time.time()}
+    times = list(moments.values())
+    parts = {name: round(at - before, 2) for (name, at), before in zip(list(moments.items())[1:], times[:-1], strict=True)}
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    run.event(f"First step made {times[-1] - times[0]:.1f} s after {next(iter(moments))} (seconds: {told}).", seconds=parts)
 
 
 def tell_trend(run: RunDir, progress: Progress, spec: JobSpec, *, last: bool, enough: bool) -> None:
@@ -237,17 +306,22 @@ def tell_trend(run: RunDir, progress: Progress, spec: JobSpec, *, last: bool, en
         run.event("Training and validation loss were both still falling at the end: more epochs or a higher learning rate may help.")
 
 
-def _forward(
-    trainee: model.Trainee, examples: TokenStore, chosen: np.ndarray, spec: JobSpec, world: World, *, backward: bool
-) -> tuple[float, float, float]:
-    """This worker's sums (loss, right predictions, weight) over its share of `chosen`; gradients add up where `backward`."""
+def _forward(learner: Learner, examples: TokenStore, chosen: np.ndarray, step: int | None = None) -> tuple[float, float, float]:
+    """This worker's sums (loss, right predictions, weight) over its share of `chosen`.
+
+    With `step` (steps made before) it is for training: gradients add up, and there is noise where the spec asks for it.
+    """
+    spec, world = learner.spec, learner.world
     packs = batching.plan(examples.lengths[chosen].tolist(), world.size, int(spec.scale.tokens_per_microbatch))[world.rank]
+    noisy = step is not None and (spec.optim.neftune_alpha > 0 or getattr(spec.method, "dropout", 0) > 0)
     loss = correct = weight = 0.0
-    with nullcontext() if backward else torch.no_grad():
+    with nullcontext() if step is not None else torch.no_grad():
         for pack in packs:
-            batch = model.collate([examples.get(int(chosen[i])) for i in pack], world.device)
-            batch_loss, batch_correct = trainee(batch)
-            if backward:
+            rows = [examples.get(int(chosen[i])) for i in pack]
+            keys = [noise.token_keys(spec.optim.seed, step, i, len(rows[n][0])) for n, i in enumerate(pack)] if noisy else None  # type: ignore[arg-type]
+            batch = model.collate(rows, world.device, keys)
+            batch_loss, batch_correct = learner.trainee(batch)
+            if step is not None:
                 batch_loss.backward()
             loss += batch_loss.item()
             correct += batch_correct.item()
@@ -255,18 +329,8 @@ def _forward(
     return loss, correct, weight
 
 
-def save(
-    run: RunDir,
-    spec: JobSpec,
-    trainee: model.Trainee,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    record: StepRecord,
-    base: str,
-) -> None:
-    """Write a checkpoint with its adapter, tell, and delete what the spec does not keep."""
-    started = time.perf_counter()
+def save(learner: Learner, saver: Checkpointer, progress: Progress, record: StepRecord, run: RunDir, base: str) -> None:
+    """Begin a checkpoint, with its adapter where the method has one."""
     manifest = CheckpointRecord(
         step=progress.step,
         files={},
@@ -275,18 +339,15 @@ def save(
         valid_loss=record.valid_loss,
         valid_accuracy=record.valid_accuracy,
     )
+    method = learner.spec.method
+    learned = learner.learned() if method.type != "full" else {}
 
     def export(folder: Path) -> None:
-        lora.export(trainee.model, spec.method, base, folder)
+        methods.of(method).export(learned, method, base, folder)
         if run.path(TEMPLATE_FILE).exists():
             shutil.copyfile(run.path(TEMPLATE_FILE), folder / TEMPLATE_FILE)
 
-    checkpoint.save(run, parameters, optimizer, progress, manifest, export)
-    checkpoint.prune(run, spec.checkpoint.keep_last, spec.checkpoint.keep_best)
-    told = f", validation loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
-    run.event(
-        f"Checkpoint at step {progress.step}: training loss {record.train_loss:.4f}{told}.", stall_s=round(time.perf_counter() - started, 3)
-    )
+    saver.begin(learner.state(), progress, manifest, export if learned else None)
 
 
 class StepLog:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainers import resolve
-from trainers.parallel import World
+from trainers.parallel import World, leave
 from trainers.records import RunDir, TrainRecord
 from trainers.spec import JobSpec, Placement
 from trainers.store import StoreWriter, TokenStore, to_table
@@ -53,7 +58,7 @@ def make_spec(**sections: dict[str, Any]) -> JobSpec:
         "scale": {"tokens_per_microbatch": 64, "precision": "fp32"},
     }
     for name, section in sections.items():
-        value[name] = {**value.get(name, {}), **section}
+        value[name] = {**({} if section.get("type") == "full" else value.get(name, {})), **section}
     return JobSpec.parse(value)
 
 
@@ -65,12 +70,48 @@ def run_training(
     return train(spec, model_dir, store, RunDir(folder, attempt, "train"), world, should_stop=should_stop)
 
 
-if __name__ == "__main__":  # one worker of a torchrun launch, or a process that a test kills
-    import sys
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
+
+def spawn(
+    model_dir: Path, store: Path, folder: Path, specs: dict[str, JobSpec], attempt: int = 1, workers: int = 1, **env: str
+) -> list[subprocess.Popen[str]]:
+    """Processes that make each of these runs, one after the other, in `folder / name`; several workers form one world."""
+    plan = folder / f"plan-{attempt}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.write_text(json.dumps({name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}))
+    command = [sys.executable, "-m", "tests.numerics.runs", str(model_dir), str(store), str(folder), str(plan), str(attempt)]
+    port = str(free_port())
+    world = [{"RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(workers)]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **(place if workers > 1 else {}), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for place in world
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> str:
+    """Wait for all of them; what they printed. None may fail."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+if __name__ == "__main__":
     import torch
 
-    model_dir, store, folder, spec_json, attempt = sys.argv[1:]
+    model_dir, store, folder, plan, attempt = sys.argv[1:]
     torch.set_num_threads(1)
-    record = run_training(Path(model_dir), Path(store), Path(folder), JobSpec.model_validate_json(spec_json), int(attempt))
-    print(record.status)
+    for name, value in json.loads(Path(plan).read_text()).items():
+        record = run_training(Path(model_dir), Path(store), Path(folder) / name, JobSpec.parse(value), int(attempt))
+        print(name, record.status, record.error or "", flush=True)
+    leave(0)
