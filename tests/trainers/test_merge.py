@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainers import tuned
 from trainers import agreement, merge
-from trainers.errors import ModelError, Unavailable
+from trainers.checkpoint import Checkpointer, Progress
+from trainers.errors import ModelError, TuneyardError, Unavailable
 from trainers.fold import AdapterFold, FullFold
-from trainers.records import ModelRecord, RunDir
+from trainers.parallel import World
+from trainers.records import CheckpointRecord, ModelRecord, RunDir
 from trainers.tensors import ModelFolder
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -100,6 +102,30 @@ def test_full_weights_in_the_bases_files(tiny: Path, tmp_path: Path) -> None:
     strange = FullFold([*trained, "model.adapter.weight"], trained.__getitem__)
     with pytest.raises(ModelError, match=r"adapter\.weight, which the base does not have"):
         merge.write_model(base, strange, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_full_merge_from_a_checkpoint(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    base = tuned.resaved(tiny, tmp_path / "base", dtype=torch.bfloat16)
+    before = ModelFolder(base)
+    torch.manual_seed(0)
+    trained = {n: (before.read(n).float() + 0.02 * torch.randn(before[n].shape)).to(dtype) for n in before.names()}
+    run, part = RunDir(tmp_path / "run", 1, "driver"), tuned.job().checkpoint
+    saver = Checkpointer(run, World(), part)
+    record = CheckpointRecord(step=10, files={}, train_loss=1.0, train_accuracy=0.5)
+    state = {f"model.{n}": t for n, t in trained.items()} | {f"optimizer.{n}.exp_avg": t * 0 for n, t in trained.items()}
+    saver.begin(state, Progress(step=10), record, None)
+    saver.wait_copied()
+    saver.finish()
+    spec = tuned.job(method={"type": "full"})
+    made = merge.merge(run, spec, "tiny", base, 10, tuned.PROMPTS)
+    assert made.adapter is None and made.served == "merged" and "from the checkpoint's weights" in merge.told(spec, made)
+    after = ModelFolder(run.path("model"))
+    assert all(after.read(n).equal(trained[n].bfloat16()) for n in before.names())
+    assert made.kl is not None and made.effect is not None and made.kl < 1e-4 < 0.01 < made.effect
+    assert "full fine-tuning" not in run.path("model", "README.md").read_text()  # no resolved.json lies here
+    with pytest.raises(TuneyardError, match="step 11"):
+        merge.merge(run, spec, "tiny", base, 11, tuned.PROMPTS)
 
 
 def test_a_streamed_model_gives_transformers_logits(tiny: Path, smollm: Path) -> None:
