@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from service.settings import Settings, make_home
@@ -38,6 +38,8 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 HomeOption = Annotated[Path | None, typer.Option(help="The service's folder; by default TUNEYARD_HOME or ~/.tuneyard.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run's folder, or a job's id.")]
+ExportForm = Literal["adapter", "safetensors", "gguf-f16", "gguf-q8_0"]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 DataArgument = Annotated[list[str], typer.Argument(metavar="DATA...", help="Data files or URLs, or one JOB.yaml.")]
 ModelOption = Annotated[str | None, typer.Option(help="Base model.", show_default="smollm2-135m-instruct")]
@@ -252,6 +254,15 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.", "Name a file in a folder that exists.") from None
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, if that is a terminal; yields what to tell it: (bytes done, bytes in all)."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 @contextmanager
@@ -479,6 +490,51 @@ def chat(
         said.append({"role": "assistant", "content": answer})
         if message is not None:
             return
+
+
+@app.command()
+def merge(run: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Make the whole tuned model of a run: one Hugging Face folder, checked against what was trained."""
+    from service.finished import Finished
+
+    settings = Settings.load(home=home)
+    found = Finished.find(run, settings)
+    before = found.model
+    with _writing("merging") as show:
+        record = found.merge(settings, err.print, show)
+    folder = found.run.path(str(record.merged))
+    if as_json:
+        _print_json({**record.model_dump(mode="json"), "folder": str(folder), "made": record != before})
+        return
+    from trainers.merge import told
+
+    out.print(_plain(told(found.spec, record)) if record != before else "It is done already.", soft_wrap=True)
+    out.print(_plain(str(folder)), soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    form: Annotated[ExportForm, typer.Option("--format", help="The adapter alone (PEFT), the whole folder, or a GGUF file.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder or file to write.", show_default="in the run's folder")
+    ] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's model in a form that other tools read. The whole model is made first where it must be."""
+    from service.finished import Finished
+
+    settings = Settings.load(home=home)
+    found = Finished.find(run, settings)
+    with _writing("merging") as show:
+        record = found.model if form == "adapter" else found.merge(settings, err.print, show)
+    with _writing("writing") as show:
+        path, made = found.export(record, form, output.absolute() if output else None, show)
+    if as_json:
+        _print_json({"format": form, "path": str(path), "made": made})
+        return
+    out.print(_plain(str(path)) if made else f"It is there already: {_plain(str(path))}", soft_wrap=True)
 
 
 # -- following a job -------------------------------------------------------------------------------------------------

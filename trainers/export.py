@@ -29,20 +29,31 @@ def export_all(run: RunDir, spec: JobSpec, record: ModelRecord, on_progress: OnP
     One that fails is an event, never the failure of the job: the training was paid for, and the model is there.
     """
     for form in spec.export.formats:
-        if form == "safetensors" or (form in record.exports and run.path(record.exports[form]).exists()):
+        if form == "safetensors" or is_there(run, record, form):
             continue
-        target = run.path("exports", f"{spec.name}-{form.removeprefix('gguf-')}.gguf")
         try:
-            export(run, record, form, target, on_progress)
+            record = export_beside(run, spec.name, record, form, on_progress)
         except Fenced:
             raise
         except Exception as error:
             run.event(f"Export as {form} failed: {error}", "error")
             continue
-        record = record.model_copy(update={"exports": {**record.exports, form: str(target.relative_to(run.root))}})
-        record = run.write("model.json", record)
-        run.event(f"Export as {form}: {target.name}, {target.stat().st_size / 1e6:,.0f} MB.")
+        made = run.path(record.exports[form])
+        run.event(f"Export as {form}: {made.name}, {made.stat().st_size / 1e6:,.0f} MB.")
     return record
+
+
+def is_there(run: RunDir, record: ModelRecord, form: Form) -> bool:
+    """Whether a GGUF file of this model lies in the run directory."""
+    return form in record.exports and run.path(record.exports[form]).exists()
+
+
+def export_beside(run: RunDir, name: str, record: ModelRecord, form: Form, on_progress: OnProgress = lambda *_: None) -> ModelRecord:
+    """Write a GGUF file into the run directory, and name it in the model's record."""
+    target = run.path("exports", f"{name}-{form.removeprefix('gguf-')}.gguf")
+    target.unlink(missing_ok=True)  # by an attempt that was killed before it could say so
+    export(run, record, form, target, on_progress)
+    return run.write("model.json", record.model_copy(update={"exports": {**record.exports, form: str(target.relative_to(run.root))}}))
 
 
 def export(run: RunDir, record: ModelRecord, form: Form, target: Path, on_progress: OnProgress = lambda *_: None) -> None:
@@ -56,8 +67,8 @@ def export(run: RunDir, record: ModelRecord, form: Form, target: Path, on_progre
         raise UserError("Every weight of this model was trained: it has no adapter.", "Export it as safetensors or GGUF.")
     if form != "adapter" and record.merged is None:
         raise UserError("This run has no merged model.", "Make it with `tuneyard merge`.")
-    if target.is_dir() if form.startswith("gguf") else target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already, and is no {form} export.", "Name a path that is free.")
+    if target.exists() and not (target.is_dir() and not form.startswith("gguf") and not any(target.iterdir())):
+        raise UserError(f"{target} is there already.", "Name a path that is free, or an empty folder.")
     with _whole(target) as scratch:
         if form == "adapter":
             _copy(run.path(str(record.adapter)), scratch, on_progress)
