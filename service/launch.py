@@ -10,24 +10,29 @@ where its record is there, so the answer to every crash is to run the job again.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+from cluster import memory
 from serve.deploy import adapter_of, deploy, wait_until_healthy
 from service import datareport
 from service.order import LaunchOrder
 from trainers import resolve
 from trainers.catalogue import Base, find_any
 from trainers.chat import Chat
-from trainers.errors import Fenced, TuneyardError
+from trainers.errors import Fenced, SpecError, TuneyardError
 from trainers.fetch import ensure
+from trainers.placement import choose
 from trainers.records import (
     TEMPLATE_FILE,
     DataReport,
     DeployRecord,
     EvaluationRecord,
+    MachineRecord,
     ModelRecord,
     OutcomeRecord,
     PrepareRecord,
@@ -36,16 +41,16 @@ from trainers.records import (
     write_atomic,
 )
 from trainers.spec import JobSpec, Placement
-from trainers.store import TokenStore
 
 
-def launch(run: RunDir) -> OutcomeRecord:
-    """Run the stages that are not done yet; returns the outcome, which is also written as `outcome.json`."""
+def launch(run: RunDir, started: float) -> OutcomeRecord:
+    """Run the stages that are not done yet; returns the outcome, which is also written as `outcome.json`. `started`: when this process
+    was, in seconds since the epoch."""
     spec, order = JobSpec.model_validate_json(run.path("spec.json").read_bytes()), run.read("launch.json", LaunchOrder)
     if order is None:
         raise FileNotFoundError(run.path("launch.json"))
     try:
-        outcome = _stages(spec, order, run)
+        outcome = _stages(spec, order, run, {"submission": order.asked_at, "handed to Ray": order.time, "driver up": started})
     except TuneyardError as error:
         if error.retry or isinstance(error, Fenced):
             raise
@@ -54,20 +59,18 @@ def launch(run: RunDir) -> OutcomeRecord:
     return outcome
 
 
-def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir) -> OutcomeRecord:
+def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir, moments: dict[str, float]) -> OutcomeRecord:
+    from trainers.distributed import nodes
+
     base = find_any(spec.model.base)
     spec = resolve.defaults(spec, base)
     model_dir = ensure(base, Path(order.models), say=run.event)
-    place = resolve.placement(spec, _cpus())
+    choose(spec.scale.workers, nodes())  # refuses now what could never be placed
 
     prepared = prepare_stage(spec, model_dir, order, run)
-    spec = resolve.schedule(spec, len(TokenStore(Path(prepared.store), "train")), place)
-    run.check_lease()
-    write_atomic(run.path("resolved.json"), spec.to_json())
-
-    trained = train_stage(spec, model_dir, prepared, run, place)
-    if trained.status == "failed":
-        return OutcomeRecord(status="failed", error=trained.error)
+    trained = train_stage(spec, model_dir, prepared, order, run, moments | {"data ready": time.time()})
+    if trained.status != "finished":
+        return OutcomeRecord(status=trained.status, error=trained.error)
 
     model = merge_stage(spec, base, model_dir, prepared, trained, run)
     if spec.deploy.serve and order.serve_url is not None:
@@ -87,14 +90,30 @@ def prepare_stage(spec: JobSpec, model_dir: Path, order: LaunchOrder, run: RunDi
     return record
 
 
-def train_stage(spec: JobSpec, model_dir: Path, prepared: PrepareRecord, run: RunDir, place: Placement) -> TrainRecord:
+def train_stage(
+    spec: JobSpec, model_dir: Path, prepared: PrepareRecord, order: LaunchOrder, run: RunDir, moments: dict[str, float]
+) -> TrainRecord:
     from trainers.distributed import train_on_ray
 
     done = run.read("train.json", TrainRecord)
     if done is not None and done.status == "finished":
         return done
     run.progress("train", done=0)
-    return train_on_ray(spec, model_dir, Path(prepared.store), run, place)
+    return train_on_ray(
+        spec, model_dir, Path(prepared.store), run, workers=order.workers, since=moments, advise=partial(_what_fits, model_dir, run)
+    )
+
+
+def _what_fits(model_dir: Path, run: RunDir, spec: JobSpec, place: Placement) -> str:
+    """For a job that ran out of memory: the plan that would not, in a sentence; empty where none can be told."""
+    machine = run.read("machine.json", MachineRecord)
+    if machine is None:
+        return ""
+    try:
+        shape = memory.ModelShape.of(json.loads((model_dir / "config.json").read_bytes()))
+        return f"What would fit: {memory.suggest(shape, spec, machine.memory_bytes, place.workers)[0].rstrip('.')}."
+    except SpecError:
+        return ""
 
 
 def merge_stage(spec: JobSpec, base: Base, model_dir: Path, prepared: PrepareRecord, trained: TrainRecord, run: RunDir) -> ModelRecord:
@@ -162,32 +181,25 @@ def _chat(model_dir: Path, run: RunDir) -> Chat:
     return Chat.load(model_dir, run.path(TEMPLATE_FILE).read_text(encoding="utf-8"))
 
 
-def _cpus() -> int:
-    """Of the whole cluster: what is busy now will be free; what is not there will not come."""
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 1))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m service.launch", description="Run one attempt of a job (called by the runner).")
     parser.add_argument("run", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
     args = parser.parse_args()
     run = RunDir(args.run, args.attempt, writer="driver")
-    started = time.perf_counter()
+    started = time.time()
     import ray
 
     ray.init(logging_level=logging.WARNING, log_to_driver=True)
     try:
-        outcome = launch(run)
+        outcome = launch(run, started)
     except Fenced as fenced:
         print(fenced, flush=True)
         return 0
     except Exception as error:  # the runner decides whether to try again; the owner is told why in one line
         run.event(f"Attempt {args.attempt} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", "error")
         raise
-    print(f"{outcome.status} after {time.perf_counter() - started:.1f} s", flush=True)
+    print(f"{outcome.status} after {time.time() - started:.1f} s", flush=True)
     return 0
 
 

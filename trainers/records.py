@@ -225,6 +225,15 @@ class TimingRecord(Record):
     """Phase -> seconds it took, in order: `queue`, `driver`, ..., `first step`."""
 
 
+class MachineRecord(Record):
+    """What the training leader runs on (`machine.json`)."""
+
+    device: str
+    """The GPU's name, or `CPU`."""
+    memory_bytes: int
+    """Of that GPU; on a CPU the machine's, divided by the workers there."""
+
+
 class ModelRecord(Record):
     """The merge stage is done: what the tuned model is and where its parts lie, relative to the run directory."""
 

@@ -7,19 +7,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from tests.numerics import runs
-from trainers import checkpoint, resolve
+from trainers import manifest
+from trainers.control import CONTROL_FILE, ControlRecord
 from trainers.distributed import train_on_ray
-from trainers.records import RunDir
-from trainers.spec import JobSpec, Placement
-from trainers.store import TokenStore
+from trainers.records import RunDir, rank_log
+from trainers.spec import JobSpec
+from trainers.state import State
 
 
 @pytest.fixture(scope="module")
@@ -36,62 +37,112 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_store(tmp_path_factory.mktemp("stores") / "ray", train_examples=40)
 
 
-def final_weights(folder: Path) -> dict:
-    return load_file(checkpoint.folders(RunDir(folder))[-1] / "state.safetensors")
+def final_weights(folder: Path) -> dict[str, Any]:
+    state = State(manifest.folders(RunDir(folder))[-1])
+    return {name: state.read(name) for name in state.names()}
 
 
-def resolved(spec: JobSpec, store: Path, place: Placement) -> JobSpec:
-    return resolve.schedule(spec, len(TokenStore(store, "train")), place)
+def told(run: RunDir) -> list[str]:
+    return [event.message for _, events in run.events() for event in events]
 
 
-@pytest.mark.parametrize(("workers", "precision"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
-def test_ray_workers_train_what_one_process_trains(
-    ray_here: None, tiny: Path, store: Path, tmp_path: Path, workers: int, precision: str
-) -> None:
-    spec = runs.make_spec(scale={"precision": precision})
+def when(condition: Callable[[], Any], act: Callable[[], None]) -> threading.Thread:
+    """Do something beside the training, once the condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 90
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_ray_workers_train_what_one_process_trains(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
+    spec = runs.make_spec(scale={"workers": 2})
     runs.run_training(tiny, store, tmp_path / "alone", spec)
-    place = Placement(workers=workers, threads_per_worker=1)
-    record = train_on_ray(resolved(spec, store, place), tiny, store, RunDir(tmp_path / "ray", 1, "driver"), place)
+    record = train_on_ray(spec, tiny, store, RunDir(tmp_path / "ray", 1, "driver"), since={"submission": time.time()})
     assert (record.status, record.step) == ("finished", record.num_steps)
     losses = {name: [s.train_loss for s in RunDir(tmp_path / name).steps()] for name in ("alone", "ray")}
-    assert losses["ray"] == pytest.approx(losses["alone"], rel=1e-5 if precision == "fp32" else 5e-2)
+    assert losses["ray"] == pytest.approx(losses["alone"], rel=1e-5)
+    run = RunDir(tmp_path / "ray", 1)
+    assert JobSpec.model_validate_json(run.path("resolved.json").read_bytes()).scale.workers == 2
+    assert [rank_log(run, rank).exists() for rank in range(3)] == [True, True, False]
+    assert any(line.startswith("First step made") and "workers up" in line for line in told(run))
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_bit_identical(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
-    spec = runs.make_spec(optim={"epochs": 40}, checkpoint={"every_steps": 5})
-    place = Placement(workers=1, threads_per_worker=1)
-    whole = RunDir(tmp_path / "whole", 1, "driver")
-    train_on_ray(resolved(spec, store, place), tiny, store, whole, place)
-
+    spec = runs.make_spec(optim={"epochs": 15}, checkpoint={"every_steps": 5})
+    runs.run_training(tiny, store, tmp_path / "whole", spec)
     run = RunDir(tmp_path / "killed", 1, "driver")
     killed: list[int] = []
 
-    def kill_in_mid_run() -> None:
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            time.sleep(0.005)
-            if checkpoint.folders(run):
-                for process in psutil.Process().children(recursive=True):
-                    if "RayTrainWorker" in " ".join(process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
+    def kill() -> None:
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
 
-    killer = threading.Thread(target=kill_in_mid_run)
-    killer.start()
-    record = train_on_ray(resolved(spec, store, place), tiny, store, run, place)
+    prepared = {file: file.stat().st_mtime_ns for file in store.rglob("*")}
+    killer = when(lambda: manifest.folders(run), kill)
+    record = train_on_ray(spec, tiny, store, run)
     killer.join()
     assert killed
     assert record.status == "finished"
-    want, got = final_weights(whole.root), final_weights(run.root)
+    want, got = final_weights(tmp_path / "whole"), final_weights(run.root)
     assert all((want[name] == got[name]).all() for name in want)
-    assert any("resumes after step" in e.message for _, events in run.events() for e in events)
+    lines = told(run)
+    assert any("resumes after step" in line for line in lines)
+    assert any("A training worker was lost in step" in line and "its process vanished); loss 1 of 3" in line for line in lines)
+    assert any(line.startswith("First step made") and "after the loss" in line for line in lines)
+    assert {file: file.stat().st_mtime_ns for file in store.rglob("*")} == prepared  # the store was opened again, not made again
 
 
 def test_a_user_error_is_returned_and_not_retried(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
     spec = runs.make_spec(method={"targets": ["q_prj"]})
-    place = Placement(workers=1, threads_per_worker=1)
-    record = train_on_ray(resolved(spec, store, place), tiny, store, RunDir(tmp_path, 1, "driver"), place)
+    record = train_on_ray(spec, tiny, store, RunDir(tmp_path, 1, "driver"))
     assert record.status == "failed"
     assert record.error is not None
     assert "q_prj" in record.error["message"]
     assert "q_proj" in record.error["message"]
+
+
+def test_a_resize_computes_what_the_whole_run_computes(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
+    """Asked to stop, the loop saves and ends; the next attempt, with another number of workers, goes on at the next step."""
+    spec = runs.make_spec(optim={"epochs": 20})
+    runs.run_training(tiny, store, tmp_path / "whole", spec)
+    first = RunDir(tmp_path / "resized", 1, "driver")
+
+    def ask() -> None:
+        RunDir(first.root, 1, "runner").write(CONTROL_FILE, ControlRecord(wanted="resize", workers=2))
+
+    asking = when(first.steps, ask)
+    record = train_on_ray(spec, tiny, store, first)
+    asking.join()
+    assert record.status == "stopped" and 0 < record.step < record.num_steps
+
+    again = RunDir(first.root, 2, "driver")
+    again.grant()
+    done = train_on_ray(spec, tiny, store, again, workers=2)
+    assert done.status == "finished"
+    made = [step.step for _, records in again.step_segments() for step in records]
+    assert sorted(made) == list(range(1, done.num_steps + 1))  # none twice, none left out
+    assert {step.step for _, records in again.step_segments() for step in records if step.attempt == 1} == set(range(1, record.step + 1))
+    want, got = ([s.train_loss for s in RunDir(tmp_path / name).steps()] for name in ("whole", "resized"))
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_waiting_for_room_ends_with_a_pause(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
+    import ray
+
+    busy = ray.util.placement_group([{"CPU": 2}])
+    ray.get(busy.ready())
+    run = RunDir(tmp_path, 1, "driver")
+    spec = runs.make_spec(scale={"workers": {"min": 2, "max": 2}})
+    waits = "Training waits for room: 2 CPU(s) are needed, and 0 of the cluster's 2 are free."
+    asking = when(lambda: waits in told(run), lambda: run.write(CONTROL_FILE, ControlRecord(wanted="pause")) and None)
+    assert train_on_ray(spec, tiny, store, run).status == "stopped"
+    asking.join()
+    ray.util.remove_placement_group(busy)
