@@ -73,7 +73,7 @@ class Progress:
 class _Task(threading.Thread):
     """A thread whose error is kept for whoever waits for it."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
+    def __init__(self, act: Callable[[], Any]) -> None:
         super().__init__(daemon=True, name="checkpoint")
         self.act = act
         self.error: BaseException | None = None
@@ -119,6 +119,7 @@ class Checkpointer:
         self._image = Image()
         self._pending: _Save | None = None
         self._voted: _Save | None = None
+        self._reserving: _Task | None = None
         self._writing: _Task | None = None
         self._publishing: _Task | None = None
         self._saved_step = 0
@@ -143,6 +144,7 @@ class Checkpointer:
             if self._leader:
                 self._damaged.add(candidates.pop())
                 say(f"Checkpoint {name} is damaged ({damage or 'as another worker found'}); going back to the one before it.")
+        self._reserving = _Task(lambda: self._image.reserve(self._mine(targets)))  # beside the first step
         if not name:
             return Progress()
         progress = self._together(lambda: self._load(name, targets))
@@ -195,6 +197,11 @@ class Checkpointer:
         return Progress(**{key: value for key, value in told.items() if key in known})
 
     # -- writing
+
+    def _mine(self, state: dict[str, Tensor]) -> dict[str, shards.Part]:
+        """What this worker writes of a state."""
+        parts = {key: shards.part(tensor, self.world.rank) for key, tensor in state.items()}
+        return {key: part for key, part in parts.items() if part.writes}
 
     def begin(self, state: dict[str, Tensor], progress: Progress, record: CheckpointRecord, adapter: Callable[[Path], None] | None) -> None:
         """Start to save, and go on at once (after the checkpoint before, where that is still on its way).
@@ -261,8 +268,9 @@ class Checkpointer:
         """The writing thread."""
         try:
             with on_device(), torch.no_grad():
-                parts = {key: shards.part(tensor, self.world.rank) for key, tensor in save.state.items()}
-                mine = {key: p for key, p in parts.items() if p.writes}
+                if self._reserving is not None:
+                    self._reserving.join()
+                mine = self._mine(save.state)
                 self._image.take(mine)
         finally:
             save.state = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,19 @@ class Image:
         self._bytes = np.empty(0, np.uint8)
         self._size = 0
 
-    def take(self, parts: dict[str, Part]) -> None:
-        """Copy the parts. On the CPU one thread does it, without torch, whose worker threads would get in the way of the training step."""
+    def reserve(self, parts: dict[str, Part]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+        """Have the memory for such parts at hand; returns their layout. Pages that were never used can take seconds a GB on a virtual
+        machine."""
         header, places = _lay_out(parts)
         self._size = max((stop for _, stop in places.values()), default=len(header))
         if self._size > len(self._bytes):
             self._bytes = np.empty(self._size, np.uint8)
+            self._bytes[:: mmap.PAGESIZE] = 0
+        return header, places
+
+    def take(self, parts: dict[str, Part]) -> None:
+        """Copy the parts. On the CPU one thread does it, without torch, whose worker threads would get in the way of the training step."""
+        header, places = self.reserve(parts)
         self._bytes[: len(header)] = np.frombuffer(header, np.uint8)
         for name, (start, stop) in places.items():
             flat = parts[name].local.contiguous().reshape(-1).view(torch.uint8)

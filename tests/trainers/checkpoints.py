@@ -8,6 +8,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def sharded(state: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
 # -- workers as processes ----------------------------------------------------------------------------------------------------
 
 
-def start(act: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
+def start(act: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Run a function of this module in a process of its own; they are cheap, since the server that forks them has torch loaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainers.checkpoints"])

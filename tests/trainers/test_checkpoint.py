@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tests.trainers import checkpoints as parts
 from tests.trainers.checkpoints import blank, events, save, saver, sharded, values, workers
-from trainers import checkpoint, vault
+from trainers import checkpoint, shards, vault
 from trainers.checkpoint import Progress, State
 from trainers.errors import CheckpointError, Fenced, SpecError, Unavailable
 from trainers.parallel import World
@@ -178,8 +178,8 @@ def test_any_number_of_workers_reads_what_any_other_wrote(
         assert not isinstance(got, BaseException), got
         want = sharded(whole, parts.mesh_of(rank, reads))
         for key, value in want.items():
-            mine, theirs = (t.to_local() if isinstance(t, torch.distributed.tensor.DTensor) else t for t in (got[key], value))
-            assert torch.equal(mine, theirs), (key, rank)
+            mine, theirs = shards.part(got[key], rank), shards.part(value, rank)
+            assert torch.equal(mine.local, theirs.local), (key, rank)
     state = State(checkpoint.folders(RunDir(root))[-1])
     for key, value in whole.items():
         assert (state.shape(key), state.dtype(key)) == (tuple(value.shape), value.dtype)
@@ -219,22 +219,22 @@ def test_in_real_process_groups(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_reads_it_too(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import hf_storage, state_dict_loader
 
     workers(3, lambda world: save(saver(tmp_path, world=world), 2, sharded(values(2), parts.mesh_of(world.rank, (3,)))))
     (folder,) = checkpoint.folders(RunDir(tmp_path))
     got = blank(values(2))
-    dcp.load(got, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    state_dict_loader.load(got, storage_reader=hf_storage.HuggingFaceStorageReader(str(folder)))
     assert parts.same(got, values(2))
     assert len(load_file(sorted(folder.glob("*.safetensors"))[0])) > 1  # each shard is plain safetensors
 
 
 def test_torch_writes_what_we_read(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import hf_storage, state_dict_saver
 
     state = {"model.a": torch.randn(7, 3), "model.b": torch.randn(4).bfloat16()}
     with pytest.warns(UserWarning, match=r"torch\.distributed is disabled"):
-        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True))
+        state_dict_saver.save(state, storage_writer=hf_storage.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True))
     got = State(tmp_path)
     assert parts.same({name: got.read(name) for name in got.names()}, state)
 
