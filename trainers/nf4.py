@@ -64,13 +64,14 @@ def quantize(w_OI: Tensor, double_quant: bool = True) -> Packed:
 
 
 def dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The weight (O, I) that `packed` stands for, in bf16, fp16 or fp32."""
+    """The weight (O, I) that `packed` stands for, in any float dtype."""
     scales_B = packed.scales_B
     if packed.scales_S is not None and packed.mean is not None:
         code = dynamic_code(scales_B.device)
         scales_B = torch.ops.bitsandbytes.dequantize_blockwise.default(scales_B, packed.scales_S, code, SCALE_BLOCK, torch.float32)
         scales_B += packed.mean
-    return torch.ops.bitsandbytes.dequantize_4bit.default(packed.codes.view(-1, 1), scales_B, BLOCK, "nf4", list(shape), dtype)
+    known = torch.float32 if dtype == torch.float64 else dtype
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed.codes.view(-1, 1), scales_B, BLOCK, "nf4", list(shape), known).to(dtype)
 
 
 def round_trip(w_OI: Tensor, double_quant: bool = True, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -38,7 +38,7 @@ class QLoraLinear(nn.Module):
         self.name, self.noise, self.double_quant = name, noise, method.double_quant
         self.scaling, self.dropout = lora.scaling(method.r, method.alpha, method.rslora), method.dropout
         self.bias = linear.bias
-        where = {"dtype": torch.float32, "device": linear.weight.device}
+        where = {"dtype": torch.promote_types(linear.weight.dtype, torch.float32), "device": linear.weight.device}  # at least fp32
         self.lora_A = nn.Parameter(torch.empty(method.r, linear.in_features, **where))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, method.r, **where))
         for part in nf4.Packed._fields:
@@ -62,14 +62,15 @@ class QLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        dropped_TI = self.noise.dropout(x_TI, self.dropout, self.name) if self.dropout else x_TI
+        dropped_TI = self.noise.dropout(x_TI, self.dropout, self.name) if self.dropout else None
         a_RI, b_OR = self.lora_A.to(x.dtype), (self.lora_B * self.scaling).to(x.dtype)
         out_TO: Any = _QLoraMatmul.apply(x_TI, dropped_TI, self.bias, a_RI, b_OR, self.shape, *self.packed)
         return out_TO.view(*x.shape[:-1], -1)
 
 
 class _QLoraMatmul(torch.autograd.Function):
-    """x W^T + bias + (d A^T) B^T; d is x, or x after dropout. Between the passes W stays packed."""
+    """x W^T + bias + (d A^T) B^T; d is x after dropout, or None for x itself (torch.compile takes no tensor twice). W stays packed between
+    the passes."""
 
     @staticmethod
     def forward(
@@ -82,10 +83,11 @@ class _QLoraMatmul(torch.autograd.Function):
         shape: tuple[int, int],
         *packed: Tensor | None,
     ) -> Tensor:
+        ctx.one_input, ctx.shape = d_TI is None, shape
+        d_TI = x_TI if d_TI is None else d_TI
         low_TR = d_TI @ a_RI.T
         w_OI = nf4.dequantize(nf4.Packed(*packed), shape, x_TI.dtype)  # type: ignore[arg-type]
         out_TO = nn.functional.linear(x_TI, w_OI, bias_O).addmm_(low_TR, b_OR.T)
-        ctx.one_input, ctx.shape = d_TI is x_TI, shape
         ctx.save_for_backward(d_TI, a_RI, b_OR, low_TR, *packed)
         return out_TO
 
