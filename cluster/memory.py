@@ -14,27 +14,28 @@ T tokens of a micro-batch.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from cluster.shape import ModelShape
 from trainers import resolve
 from trainers.catalogue import Base, find_any
 from trainers.errors import SpecError, TuneyardError
 from trainers.spec import Adapter, Full, JobSpec, Lora, Optim, Placement, QLora, Scale
 
 GIB = 2**30
-CONTEXT = int(0.8 * GIB)
-"""A CUDA context, cuBLAS' workspaces and compiled kernels."""
-COMMUNICATION = GIB
+Device = Literal["cpu", "cuda"]
+PROCESS = {"cuda": int(0.8 * GIB), "cpu": int(0.7 * GIB)}
+"""A CUDA context, cuBLAS' workspaces and kernels; on CPUs the interpreter with torch."""
+COMMUNICATION = {"cuda": GIB, "cpu": 0}
 """NCCL's buffers, where there are several workers."""
-LOGIT_BYTES = 512 * 2**20
-"""As in trainers/loss.py, on GPUs: fp32 logits of one chunk."""
-UPDATED_AT_ONCE = 2**26
-"""As in trainers/adam_bf16.py, on GPUs: elements."""
+LOGIT_BYTES = {"cuda": 512 * 2**20, "cpu": 24 * 2**20}
+"""As in trainers/loss.py: fp32 logits of one chunk."""
+UPDATED_AT_ONCE = {"cuda": 2**26, "cpu": 2**16}
+"""As in trainers/adam_bf16.py: elements."""
 COMPONENTS = ("weights", "masters", "adapters", "gradients", "optimizer", "gathered", "unreduced", "activations", "head", "fixed")
 """`gathered`: blocks and root made whole by FSDP2; `unreduced`: gradients before they are summed over the workers; `head`: logits, and the
 gradients that the loss leaves; `fixed`: what CUDA and NCCL take."""
@@ -44,84 +45,13 @@ GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What of a Llama's config.json decides its memory."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    query: int
-    """Width of all query heads together."""
-    key: int
-    """Width of all key heads together; the values' too."""
-    heads: int
-    vocab: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ModelShape:
-        """From the keys of a config.json. Raises SpecError where one is missing."""
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            size = int(config.get("head_dim") or hidden // heads)
-            return cls(
-                hidden=hidden,
-                intermediate=int(config["intermediate_size"]),
-                layers=int(config["num_hidden_layers"]),
-                query=heads * size,
-                key=int(config.get("num_key_value_heads") or heads) * size,
-                heads=heads,
-                vocab=int(config["vocab_size"]),
-                tied=bool(config.get("tie_word_embeddings", False)),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise SpecError(f"The model's config.json does not say its size: {error}.", "Name a Llama's folder.", "model.base") from None
-
-    @classmethod
-    def of_base(cls, base: Base, models: Path | None = None) -> ModelShape:
-        """From the catalogue, or from the config.json of a base that is on this machine."""
-        if base.shape:
-            return cls.of(base.shape)
-        for folder in (base.folder and Path(base.folder), models and models / base.id):
-            if folder and (folder / "config.json").exists():
-                return cls.of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        raise SpecError(f"The size of {base.id} is not known here.", "Name a base of the catalogue, or a local folder.", "model.base")
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of a block's linear layers."""
-        e, f = self.hidden, self.intermediate
-        attention = {"q_proj": (e, self.query), "k_proj": (e, self.key), "v_proj": (e, self.key), "o_proj": (self.query, e)}
-        return attention | {"gate_proj": (e, f), "up_proj": (e, f), "down_proj": (f, e)}
-
-    @property
-    def linear(self) -> int:
-        """Weights of a block's linear layers."""
-        return sum(i * o for i, o in self.linears.values())
-
-    @property
-    def block(self) -> int:
-        """Weights of a block."""
-        return self.linear + 2 * self.hidden
-
-    @property
-    def root(self) -> int:
-        """Weights outside the blocks: embedding, last norm, head."""
-        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def total(self) -> int:
-        return self.layers * self.block + self.root
-
-
-@dataclass(frozen=True)
 class Memory:
     """What one worker needs, in bytes."""
 
     moments: dict[str, dict[str, int]]
     """Moment of a step -> component -> bytes."""
     host: dict[str, int] = field(default_factory=dict)
-    """With offload: component -> bytes in the host's memory, per worker."""
+    """Component -> bytes of its node's memory beside them, on GPUs."""
     bytes_per_weight: float = 0.0
     """Weights, masters, gradients and optimizer state of the whole job (of one copy of them), per weight of the model."""
 
@@ -155,20 +85,26 @@ class Memory:
         lines += [f"{name:<22}{size / GIB:12.2f}{peak / GIB:10.2f}" for name, size, peak in rows]
         lines += [f"{'total':<22}{self.total / GIB:12.2f}   ({self.moment})"]
         if self.host:
-            lines += [f"{'in host memory':<22}{sum(self.host.values()) / GIB:12.2f}   ({', '.join(self.host)})"]
+            lines += [f"{'in its node':<22}{sum(self.host.values()) / GIB:12.2f}   ({', '.join(self.host)})"]
         return "\n".join([*lines, f"{self.bytes_per_weight:.3g} bytes a weight in weights, masters, gradients and optimizer state"])
 
 
 def estimate(
-    shape: ModelShape, method: Lora | QLora | Full, optim: Optim, scale: Scale, workers: int, gpus_per_node: int = GPUS_PER_NODE
+    shape: ModelShape,
+    method: Lora | QLora | Full,
+    optim: Optim,
+    scale: Scale,
+    workers: int,
+    gpus_per_node: int = GPUS_PER_NODE,
+    device: Device = "cuda",
 ) -> Memory:
-    """Memory of one of `workers` workers on GPUs, each micro-batch full and all its tokens supervised.
+    """Memory of one of `workers` workers, each micro-batch full and all its tokens supervised.
 
     `scale` is resolved (no `auto`). Raises SpecError where it is not, or where four-bit weights or 8-bit moments are to be sharded.
     """
     if "auto" in (scale.tokens_per_microbatch, scale.sharding, scale.activation_checkpointing):
         raise SpecError("`scale` still holds `auto`.", "Resolve the spec first (trainers/resolve.py).", "scale")
-    plan = _Plan(shape, method, optim, scale, workers, gpus_per_node)
+    plan = _Plan(shape, method, optim, scale, workers, gpus_per_node, device)
     return Memory(plan.moments(), plan.host(), plan.bytes_per_weight())
 
 
@@ -180,6 +116,7 @@ class _Plan:
     scale: Scale
     workers: int
     gpus_per_node: int
+    device: Device
 
     @property
     def compute(self) -> int:
@@ -201,15 +138,19 @@ class _Plan:
 
     # -- what stays from step to step ----------------------------------------------------------------------------------
 
+    def targets(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of a block's layers that have an adapter."""
+        if isinstance(self.method, Full):
+            return []
+        wanted = self.method.targets
+        return [size for name, size in self.shape.linears.items() if wanted == "all-linear" or name in wanted]
+
     def adapters(self) -> int:
         """Numbers in the adapters of one block."""
         if isinstance(self.method, Full):
             return 0
-        num = 0
-        for name, (i, o) in self.shape.linears.items():
-            if self.method.targets == "all-linear" or name in self.method.targets:
-                num += self.method.r * (i + o) + (o if isinstance(self.method, Lora) and self.method.dora else 0)
-        return num
+        dora = isinstance(self.method, Lora) and self.method.dora
+        return sum(self.method.r * (i + o) + (o if dora else 0) for i, o in self.targets())
 
     def trained(self) -> int:
         """Numbers that are trained, in the whole model."""
@@ -243,9 +184,11 @@ class _Plan:
         return sum(self.resident().values()) / self.shape.total
 
     def host(self) -> dict[str, int]:
-        if not self.scale.cpu_offload:
-            return {}
-        return {name: int(size / self.shards) for name, size in self.resident().items() if size}
+        """What a worker holds in its node's memory: with offload all that stays; always the copy from which a checkpoint is written."""
+        resident = self.resident()
+        kept = {name: int(size / self.shards) for name, size in resident.items() if size and self.scale.cpu_offload}
+        trained = resident["masters"] or (resident["weights"] if isinstance(self.method, Full) else resident["adapters"])
+        return {**kept, "checkpoint": int((trained + resident["optimizer"]) / self.shards)}
 
     # -- what comes and goes in a step ---------------------------------------------------------------------------------
 
@@ -258,8 +201,8 @@ class _Plan:
     def saved(self) -> int:
         """Bytes that autograd saves of one block when nothing is computed again, per token.
 
-        A norm: its input in fp32, the normalised input where its weight is trained, its output. Attention: queries, keys, values, its output
-        (which is the input of o_proj) and a log-sum per head. The MLP: gate, silu(gate), up, their product.
+        A norm: its input in fp32, the normalised input where its weight is trained, its output. Attention: queries, keys, values, its
+        output (which is the input of o_proj) and a log-sum per head. The MLP: gate, silu(gate), up, their product.
         """
         c, s = self.compute, self.shape
         full = isinstance(self.method, Full)
@@ -268,20 +211,17 @@ class _Plan:
         return norms + attention + 4 * c * s.intermediate + self.low_rank()
 
     def low_rank(self) -> int:
-        """Between an adapter's two matrices; with dropout also the dropped input and what was dropped; with DoRA the output before its scale."""
+        """Between an adapter's matrices; with dropout its input after it, and what it dropped; with DoRA the output before its scale."""
         if isinstance(self.method, Full):
             return 0
-        num = 0
-        for name, (i, o) in self.shape.linears.items():
-            if self.method.targets == "all-linear" or name in self.method.targets:
-                num += self.method.r + (2 * i if self.method.dropout else 0) + (o if isinstance(self.method, Lora) and self.method.dora else 0)
-        return self.compute * num
+        dora = isinstance(self.method, Lora) and self.method.dora
+        return self.compute * sum(self.method.r + (2 * i if self.method.dropout else 0) + (o if dora else 0) for i, o in self.targets())
 
     def head(self) -> tuple[int, int]:
         """Bytes of the loss: (at its highest, what it leaves for the backward pass: the gradients of hidden states and head)."""
         c, s = self.compute, self.shape
         weight = s.vocab * s.hidden if isinstance(self.method, Full) else 0
-        rows = max(1, min(self.tokens, LOGIT_BYTES // (4 * s.vocab)))
+        rows = max(1, min(self.tokens, LOGIT_BYTES[self.device] // (4 * s.vocab)))
         chunk = rows * s.vocab * (c + 4)
         two = 2 if self.tokens > rows else 1  # the chunk before is still there while the next one is made
         left = c * (self.tokens * s.hidden + weight)
@@ -293,7 +233,7 @@ class _Plan:
         c, s, t = self.compute, self.shape, self.tokens
         full = isinstance(self.method, Full)
         stays = {name: 0.0 if self.scale.cpu_offload else size / self.shards for name, size in self.resident().items()}
-        fixed = CONTEXT + (COMMUNICATION if self.workers > 1 else 0)
+        fixed = PROCESS[self.device] + (COMMUNICATION[self.device] if self.workers > 1 else 0)
 
         block, root = (c * (s.block + self.adapters()), c * s.root) if self.sharded else (0, 0)
         buffer = 1 if self.shards > 1 else 0  # what NCCL gathers into, from where weights are copied into place
@@ -312,6 +252,7 @@ class _Plan:
         last_again = mode == "full" or (mode == "selective" and s.layers % 2 == 1)  # of every second block, the first is one
         last = embedded if last_again else self.saved() * t  # of `kept`, the last block's
         work_last, work = self.at_work(last_again), self.at_work(mode != "none")
+        forward = c * (3 * s.intermediate + 2 * s.hidden) if last_again else self.saved()
         norm = (4 + (c if full else 0)) * s.hidden * t
         loss, left = self.head()
 
@@ -325,13 +266,11 @@ class _Plan:
 
         return {
             "forward pass begins": moment((1 + buffer) * (root + block), embedded, left),
-            "forward of the last block": moment(root + (1 + 2 * buffer + others) * block, kept - last + self.saved() * t, left),
+            "forward of the last block": moment(root + (1 + 2 * buffer + others) * block, kept - last + forward * t, left),
             "loss": moment(whole, kept + norm + 2 * embedded + again, loss + left),
             "backward of the last norm": moment(whole, kept + 24 * s.hidden * t, left, head_grad),
             "backward of the last block": moment(root + (1 + max(buffer, others)) * block, kept + work_last, left, waiting),
-            "backward of a block": moment(
-                root + (1 + max(buffer, others)) * block, kept - last + work, left, waiting + summed * trained
-            ),
+            "backward of a block": moment(root + (1 + max(buffer, others)) * block, kept - last + work, left, waiting + summed * trained),
             "gradients of a block": moment(
                 root + max(buffer, others) * block,
                 kept - last + embedded,
@@ -361,9 +300,140 @@ class _Plan:
         if not (isinstance(self.method, Full) and self.scale.master == "bf16"):
             return 0
         tensor = max(self.shape.vocab * self.shape.hidden, *(i * o for i, o in self.shape.linears.values())) // self.shards
-        return 7 * 4 * min(UPDATED_AT_ONCE, tensor)
+        return 7 * 4 * min(UPDATED_AT_ONCE[self.device], tensor)
 
 
 def nf4_bytes(double_quant: bool) -> float:
     """Bytes of a weight in four bits: half a byte, and its share of the scales (64 weights each; 256 scales each)."""
     return 0.5 + (1 / 64 + 4 / (64 * 256) if double_quant else 4 / 64)
+
+
+def suggest(
+    shape: ModelShape, spec: JobSpec, limit_bytes: float, workers: int, gpus_per_node: int = GPUS_PER_NODE, device: Device = "cuda"
+) -> list[str]:
+    """Which plans would fit a job that does not, each in one line with its numbers, the least harmful first.
+
+    `spec` is resolved. First come plans that cost time or machines only (fewer tokens at once, recomputation, sharding, offload, more
+    workers); where none of them does with the workers there are, also those that change the arithmetic (8-bit moments, bf16 masters,
+    four-bit weights). Where nothing fits, one line says so and names the smallest plan.
+    """
+
+    def of(plan: _Change) -> Memory:
+        changed = _changed(spec, plan.keys)
+        return estimate(shape, changed.method, changed.optim, changed.scale, plan.workers, gpus_per_node, device)
+
+    def need(plan: _Change) -> int:
+        return of(plan).total
+
+    def say(plan: _Change) -> str:
+        told = [f"`{key}` {str(value).lower() if isinstance(value, bool) else value}" for key, value in plan.keys.items()]
+        told += [f"{plan.workers} workers"] if plan.workers != workers else []
+        host = sum(of(plan).host.values()) if plan.keys.get("scale.cpu_offload") else 0
+        more = f", and {host / GIB:.0f} GiB of its node's memory" if host else ""
+        return f"{', '.join(told)}: {need(plan) / GIB:.1f} GiB per worker{more}"
+
+    def fitting(kinds: list[list[_Change]]) -> list[_Change]:
+        candidates = (next((plan for plan in kind if need(plan) <= USABLE * limit_bytes), None) for kind in kinds)
+        return [plan for plan in candidates if plan is not None]
+
+    harmless, changing = _plans(spec, workers)
+    found = fitting(harmless)
+    if not any(plan.workers == workers for plan in found):
+        found += fitting(changing)
+    if found:
+        return [say(plan) for plan in found]
+    now = _Change({}, workers)
+    smallest = min([now, *(plan for kind in harmless + changing for plan in kind)], key=need)
+    what = "this one" if smallest is now else say(smallest)
+    told = f"No plan fits {limit_bytes / GIB:.0f} GiB (now {need(now) / GIB:.1f}). The smallest is {what}."
+    return [f"{told} Take a smaller base or larger GPUs."]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Another plan: keys of the spec with their new values, and how many workers."""
+
+    keys: dict[str, Any]
+    workers: int
+
+
+def _plans(spec: JobSpec, workers: int) -> tuple[list[list[_Change]], list[list[_Change]]]:
+    """Kinds of plans, each from mild to strong: those that cost only time or machines, and those that change the arithmetic."""
+    scale, method = spec.scale, spec.method
+    tokens = int(scale.tokens_per_microbatch)
+    fewer = [t for t in (tokens >> n for n in range(1, 20)) if t >= spec.model.max_length]
+    short = {"scale.tokens_per_microbatch": fewer[-1]} if fewer else {}
+    again = {"scale.activation_checkpointing": "full"} if scale.activation_checkpointing != "full" else {}
+    lean = {**short, **again, **({} if scale.reshard else {"scale.reshard": True})}
+    can_shard = method.type != "qlora" and spec.optim.type == "adamw"
+    shared = {**lean, **({"scale.sharding": "full"} if scale.sharding == "none" else {})}
+    more = [workers << n for n in range(1, 9) if workers << n <= 1024]
+
+    harmless = [[_Change({"scale.tokens_per_microbatch": t}, workers) for t in fewer]]
+    harmless += [[_Change(again, workers)]] if again and not fewer else [[_Change({**short, **again}, workers)]] if again else []
+    harmless += [[_Change(lean, workers)]] if not scale.reshard else []
+    if can_shard:
+        harmless += [[_Change(shared, workers)]] if workers > 1 and scale.sharding == "none" else []
+        harmless += [[_Change(shared, n) for n in more]]
+        harmless += [[_Change({**shared, "scale.cpu_offload": True}, workers)]] if not scale.cpu_offload else []
+
+    alone = {**lean, **({"scale.sharding": "none"} if scale.sharding != "none" else {})}
+    if scale.cpu_offload:
+        alone["scale.cpu_offload"] = False
+    changing: list[list[_Change]] = []
+    if method.type == "full" and scale.master == "fp32":
+        changing += [[_Change({**alone, "optim.type": "adamw8bit"}, workers)]] if spec.optim.type == "adamw" else []
+        eight = {"optim.type": "adamw"} if spec.optim.type == "adamw8bit" else {}
+        changing += [[_Change({**(shared if workers > 1 else lean), **eight, "scale.master": "bf16"}, workers)]]
+    if method.type != "qlora" and not (isinstance(method, Lora) and (method.dora or method.modules_to_save)):
+        changing += [[_Change({**alone, "method.type": "qlora"}, workers)]]
+    return harmless, changing
+
+
+def _changed(spec: JobSpec, keys: Mapping[str, Any]) -> JobSpec:
+    parts: dict[str, Any] = {}
+    for key, value in keys.items():
+        section, name = key.split(".")
+        part = parts.get(section, getattr(spec, section))
+        if name == "type" and section == "method":
+            parts[section] = QLora(**{k: v for k, v in part.model_dump().items() if k in Adapter.model_fields})
+        else:
+            parts[section] = part.model_copy(update={name: value})
+    return spec.model_copy(update=parts)
+
+
+def planned(spec: JobSpec, base: Base, workers: int, device: Device = "cuda", models: Path | None = None) -> tuple[ModelShape, JobSpec]:
+    """(the base's shape, the spec with every `auto` of its scale as it becomes there)."""
+    shape = ModelShape.of_base(base, models)
+    place = Placement(workers=workers, device=device)
+    return shape, resolve.schedule(resolve.defaults(spec, base), 1, place, 2 * shape.total)
+
+
+def num_workers(spec: JobSpec) -> int:
+    """As many as the spec names; the most of its bounds; one for `auto`."""
+    asked = spec.scale.workers
+    return asked if isinstance(asked, int) else 1 if isinstance(asked, str) else asked.max
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How much memory each GPU of a job needs. Computed, not measured.")
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--workers", type=int, help="training processes, one to a GPU; by default those of the job")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU (80)")
+    args = parser.parse_args()
+    try:
+        spec = JobSpec.load(args.job)
+        workers = args.workers or num_workers(spec)
+        shape, spec = planned(spec, find_any(spec.model.base), workers)
+        memory = estimate(shape, spec.method, spec.optim, spec.scale, workers)
+        print(f"{spec.model.base}, {spec.method.type}, {workers} GPU(s), {spec.scale.tokens_per_microbatch} tokens at once\n{memory}")
+        if not memory.fits(args.gpu_memory * GIB):
+            print(f"\nDoes not fit {args.gpu_memory:.0f} GiB. What would:")
+            print(*suggest(shape, spec, args.gpu_memory * GIB, workers), sep="\n")
+            sys.exit(1)
+    except TuneyardError as error:
+        sys.exit(f"error: {error.message}\n  fix: {error.remedy}")
+
+
+if __name__ == "__main__":
+    main()

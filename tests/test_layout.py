@@ -14,7 +14,7 @@ PACKAGES = ("trainers", "serve", "cluster", "service")
 ALLOWED = {
     "trainers": {"trainers"},
     "serve": {"serve", *(f"trainers.{m}" for m in ("spec", "records", "errors", "catalogue", "chat", "sources", "store", "loss", "model"))},
-    "cluster": {"cluster", *(f"trainers.{m}" for m in ("spec", "errors", "catalogue"))},
+    "cluster": {"cluster", *(f"trainers.{m}" for m in ("spec", "errors", "catalogue", "resolve"))},
     "service": {"service", "trainers", "serve", "cluster"},
 }
 

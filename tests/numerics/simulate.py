@@ -1,8 +1,8 @@
 """What one worker of a sharded step allocates, without the machine: fake tensors, a fake process group, and a count of every storage.
 
-Every tensor that is made is seen (a TorchDispatchMode below autograd and above the fake mode), every storage is followed until it is freed or
-resized, and says at the end which component it belonged to; so the components of the peak add up to the peak exactly. What torch's own
-tracker counts by hooks, and over-counts where DTensor works out shapes with whole fake tensors, is counted here by storage.
+Every tensor that is made is seen (a TorchDispatchMode below autograd and above the fake mode), every storage is followed until it is freed
+or resized, and says at the end which component it belonged to; so the components of the peak add up to the peak exactly. What torch's
+own tracker counts by hooks, and over-counts where DTensor works out shapes with whole fake tensors, is counted here by storage.
 
 Stands for a GPU, with the limits of a simulation on a CPU: the kernels' own scratch memory and the allocator's gaps are not in it, and what
 lives on another CUDA stream is freed when Python lets go of it.
@@ -40,6 +40,7 @@ from trainers.qlora import QLoraLinear
 from trainers.spec import DataPart, Full, JobSpec, Lora, Optim, QLora, Scale, Source
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 131072}
+OPTIM = Optim(learning_rate=1e-4)
 OTHER = "activations"
 """What nothing else claims."""
 
@@ -99,7 +100,8 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def fsdp(self) -> Iterator[None]:
         """Tell apart what FSDP2 allocates: gathered weights, gradients before and after they are reduced."""
-        reduce, resize = groups.foreach_reduce, torch.UntypedStorage.resize_
+        reduce = groups.foreach_reduce  # pyright: ignore[reportPrivateImportUsage]
+        resize = torch.UntypedStorage.resize_
         propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def reducing(parameters: Any, gradients: list[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -186,10 +188,8 @@ class Ledger(TorchDispatchMode):
             self._bytes[number] = size
 
 
-def step(
-    config: Mapping[str, Any], method: Lora | QLora | Full, scale: Scale, world: int, tokens: int, optim: Optim = Optim(learning_rate=1e-4)
-) -> Ledger:
-    """Build a Learner and make one step of two micro-batches, each of one example of so many tokens, all supervised, as worker 0 of `world`.
+def step(config: Mapping[str, Any], method: Lora | QLora | Full, scale: Scale, world: int, tokens: int, optim: Optim = OPTIM) -> Ledger:
+    """Build a Learner and make one step of two micro-batches, each one example of so many tokens, all supervised, as worker 0 of `world`.
 
     `config` is what config.json would say. All is our own code but for values: no file is read, and nothing is drawn.
     """
@@ -274,22 +274,3 @@ def _process_group(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    import sys
-    import time
-
-    SIZES: dict[str, dict[str, int]] = {
-        "70b": dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8),
-        "8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
-    }
-    for size, layers, world, method, ck in (a.split(":") for a in sys.argv[1:]):
-        t = time.time()
-        config = SIZES[size] | dict(num_hidden_layers=int(layers), vocab_size=128256, max_position_embeddings=131072)
-        ledger = step(config, Lora() if method == "lora" else Full(), Scale(sharding="full", activation_checkpointing=ck), int(world), 8192)
-        peak, peaks = ledger.peak(), ledger.peaks()
-        print(size, layers, world, method, ck, f"{sum(peak.values()) / 2**30:.3f} GiB  {time.time() - t:.1f}s")
-        for k in peaks:
-            row = [peak.get(k, 0), peaks[k], *(ledger.at(m).get(k, 0) for m in ("start", "first forward", "second forward", "second backward", "update"))]
-            print(f"   {k:12}", *(f"{v / 2**30:8.3f}" for v in row))
