@@ -185,8 +185,9 @@ class Checkpointer:
         files = manifest.record_of(self.vault, name).files
         state = State({file: self.vault.open(name, file) for file in sorted(files) if file.endswith(SUFFIX)})
         parts = {key: shards.part(tensor, self.world.rank) for key, tensor in targets.items()}
+        present = set(state.names())
         for key, mine in parts.items():
-            if key not in state.names() or (state.shape(key), state.dtype(key)) != (mine.shape, mine.local.dtype):
+            if key not in present or (state.shape(key), state.dtype(key)) != (mine.shape, mine.local.dtype):
                 raise CheckpointError(f"{name} does not hold this run's {key}.", "The job or the code has changed since: start a new job.")
         with torch.no_grad():
             for key in state.names():
@@ -224,7 +225,7 @@ class Checkpointer:
         save.stall_s += time.perf_counter() - started
 
     def wait_copied(self) -> None:
-        """Wait until the state may change. Raises what stopped the copy."""
+        """Wait until the state may change. (What went wrong while it was copied, `settle` raises.)"""
         if self._pending is not None and not self._pending.copied.is_set():
             started = time.perf_counter()
             self._pending.copied.wait()
@@ -300,16 +301,18 @@ class Checkpointer:
         record = self._patiently(save, lambda: self._write_manifest(save))
         self._proven = {save.name}
         told = f", validation loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
-        self._events.event(
-            f"Checkpoint at step {record.step}: training loss {record.train_loss:.4f}{told}.",
-            stall_s=round(save.stall_s, 3),
-            written_s=round(time.perf_counter() - save.began, 3),
-            bytes=sum(int(stated["bytes"]) for stated in record.files.values()),
-        )
+        with suppress(OSError):  # the loop meets the same when it writes its metrics, and says so
+            self._events.event(
+                f"Checkpoint at step {record.step}: training loss {record.train_loss:.4f}{told}.",
+                stall_s=round(save.stall_s, 3),
+                written_s=round(time.perf_counter() - save.began, 3),
+                bytes=sum(int(stated["bytes"]) for stated in record.files.values()),
+            )
         try:
             self._tidy(save.name, record)
-        except (OSError, Unavailable) as error:  # the next one tries again
-            self._events.event(f"Old checkpoints could not be deleted: {_why(error)}.", "warn")
+        except (OSError, Unavailable) as error:  # the next checkpoint tries again
+            with suppress(OSError):
+                self._events.event(f"Old checkpoints could not be deleted: {_why(error)}.", "warn")
 
     def _write_manifest(self, save: _Save) -> CheckpointRecord:
         files: dict[str, Stated] = {}
@@ -428,47 +431,3 @@ def _after_now(device: str) -> Callable[[], Any]:
         return torch.cuda.stream(stream)
 
     return enter
-
-
-# -- until trainers.train uses Checkpointer ------------------------------------------------------------------------------------
-
-
-def save(run, parameters, optimizer, progress, record, adapter) -> None:  # type: ignore[no-untyped-def]
-    from safetensors.torch import save_file
-
-    run.check_lease()
-    name = checkpoint_name(progress.step, run.attempt)
-    place = vault.Folder(run.path("checkpoints"))
-    place.delete(name)
-    folder = run.path("checkpoints", name)
-    folder.mkdir(parents=True)
-    tensors = {f"model.{n}": p.detach() for n, p in parameters.items()}
-    for n, p in parameters.items():
-        tensors |= {f"optimizer.{n}.{slot}": value for slot, value in optimizer.state[p].items()}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
-    place.write(name, PROGRESS, json.dumps(asdict(progress)).encode())
-    publish_adapter(run, progress.step, adapter)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": vault.digest(vault.LocalFile(p))} for p in sorted(folder.iterdir())}
-    record = record.model_copy(update={"files": files, "attempt": run.attempt})
-    run.check_lease()
-    place.write(name, MANIFEST, seal(record).encode())
-
-
-def restore(run, parameters, optimizer, say) -> Progress:  # type: ignore[no-untyped-def]
-    from safetensors.torch import load_file
-
-    for folder in reversed(folders(run)):
-        try:
-            read_manifest(folder, verify=True)
-        except CheckpointError as error:
-            say(f"Checkpoint {folder.name} is damaged ({error}); going back to the one before it.")
-            continue
-        tensors = load_file(folder / "state.safetensors")
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(tensors[f"model.{name}"])
-                prefix = f"optimizer.{name}."
-                slots = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                optimizer.state[p] = {s: v.clone() if v.dim() == 0 else v.to(p.device).clone() for s, v in slots.items()}
-        return Progress(**json.loads((folder / PROGRESS).read_text()))
-    return Progress()

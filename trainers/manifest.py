@@ -70,9 +70,9 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted((n for n in names if parse_checkpoint_name(n)), key=lambda n: parse_checkpoint_name(n) or (0, 0))
 
 
-def best(run: RunDir, part: CheckpointPart | None = None) -> CheckpointRecord | None:
+def best(run: RunDir, part: CheckpointPart) -> CheckpointRecord | None:
     """The manifest with the lowest validation loss; without validation, the last one."""
-    return _best(list(readable(vault.at(run, part or CheckpointPart())).values()))
+    return _best(list(readable(vault.at(run, part)).values()))
 
 
 def _best(records: list[CheckpointRecord]) -> CheckpointRecord | None:
@@ -86,7 +86,6 @@ def prune(place: Vault, keep_last: int, keep_best: bool, proven: Collection[str]
     Only whole ones that are not known to be `damaged` count, and nothing is deleted unless one that stays is good: it is in `proven`, or
     is read and hashed now.
     """
-    place = vault.at(place, CheckpointPart()) if isinstance(place, RunDir) else place  # until trainers.train uses Checkpointer
     present = readable(place)
     whole = [n for n, record in present.items() if n not in damaged and sizes_match(place, n, record)]
     kept = set(whole[-keep_last:])
@@ -94,7 +93,9 @@ def prune(place: Vault, keep_last: int, keep_best: bool, proven: Collection[str]
         kept |= {n for n in whole if present[n] is winner}
     if not any(n in proven or _is_good(place, n, present[n]) for n in ordered(kept)[::-1]):
         return []
-    doomed = [n for n in present if n not in kept]
+    names = ordered({*place.names(), *present})
+    before = names[: names.index(ordered(kept)[-1])]  # what has no manifest and is newer may be on its way
+    doomed = [n for n in names if n not in kept and (n in present or n in before)]
     for name in doomed:
         place.delete(name)
     return doomed

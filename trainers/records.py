@@ -200,7 +200,7 @@ class CheckpointRecord(Record):
     valid_loss: float | None = None
     valid_accuracy: float | None = None
     sha256: str = ""
-    """Of the manifest itself, with zeros in this place."""
+    """Of the manifest itself, with zeros in this place, which is its last."""
 
 
 class TrainRecord(Record):

@@ -25,6 +25,7 @@ from trainers.spec import CheckpointPart
 MANIFEST = "MANIFEST.json"
 BLOCK_BYTES = 32 * 2**20
 """Read, hashed, written and uploaded at a time."""
+_AHEAD_BYTES = 4 * 2**20  # read at least, of what lies far away: small tensors come together
 _MAX_PARTS = 9_000  # of one upload to S3, which allows 10,000
 
 Stated = dict[str, int | str]
@@ -58,20 +59,30 @@ class LocalFile:
 
 
 class _RemoteFile:
-    def __init__(self, file: Any, where: str) -> None:
-        self._file, self._where = file, where
-        self.size = int(file.size)
+    def __init__(self, system: Any, path: str, where: str) -> None:
+        self._system, self._path, self._where = system, path, where
+        with _asking(where):
+            self.size = int(system.info(path)["size"])
+        self._ahead, self._ahead_at = b"", 0
 
     def read_into(self, at: int, view: memoryview) -> None:
-        with _asking(self._where):
-            self._file.seek(at)
-            while view:
-                count = self._file.readinto(view)
-                if not count:
-                    break
-                view = view[count:]
-        if view:
+        end = at + len(view)
+        if end > self.size:
             raise OSError("it ends too early")
+        if at < self._ahead_at or end > self._ahead_at + len(self._ahead):
+            content = self._get(at, max(end, min(at + _AHEAD_BYTES, self.size)))
+            if len(view) >= _AHEAD_BYTES:  # big ones are not kept
+                view[:] = content
+                return
+            self._ahead, self._ahead_at = content, at
+        view[:] = self._ahead[at - self._ahead_at : end - self._ahead_at]
+
+    def _get(self, start: int, stop: int) -> bytes:
+        with _asking(self._where):
+            content = self._system.cat_file(self._path, start=start, end=stop) if stop > start else b""
+        if len(content) != stop - start:
+            raise OSError("it ends too early")
+        return content
 
 
 class Folder:
@@ -150,9 +161,7 @@ class Bucket:
         return {Path(e["name"]).name: int(e["size"]) for e in self._list(self._path(name)) if e["type"] == "file"}
 
     def open(self, name: str, file: str) -> File:
-        with _asking(self.where):
-            stream = self.system.open(self._path(name, file), "rb", block_size=BLOCK_BYTES, cache_type="readahead")
-            return _RemoteFile(stream, self.where)
+        return _RemoteFile(self.system, self._path(name, file), self.where)
 
     def write(self, name: str, file: str, content: bytes | memoryview) -> Stated:
         sha256 = hashlib.sha256()

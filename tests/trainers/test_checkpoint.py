@@ -468,17 +468,35 @@ def test_files_that_may_not_grow(tmp_path: Path) -> None:
     assert restored(tmp_path)[0] == 1
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A real S3 server (moto) that can be stopped, and s3fs as the environment sets it up."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
+class S3:
+    """A real S3 server (moto) that can be stopped and started again with what it held."""
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
+    def __init__(self) -> None:
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port)
+        self.server.start()
+        self.port = self.server.get_host_and_port()[1]
+        self.running = True
+
+    def stop(self) -> None:
+        if self.running:
+            self.server.stop()
+            self.running = False
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """An S3 server with an empty bucket, and s3fs as the environment sets it up (but for its own many tries)."""
+    import s3fs
+
+    server = S3()
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -487,7 +505,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{server.port}/moto-api/reset", method="POST")).close()
     fsspec.filesystem("s3").mkdir("bucket")
     yield server
     server.stop()
@@ -497,7 +515,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 TO = "s3://bucket/some/prefix"
 
 
-def test_s3(s3: Any, tmp_path: Path, said: list[str]) -> None:
+def test_s3(s3: S3, tmp_path: Path, said: list[str]) -> None:
     root = tmp_path / "ftjob-1"
     for step in (1, 2, 3):
         workers(2, lambda w, step=step: save(saver(root, 1, w, to=TO), step, sharded(values(step), parts.mesh_of(w.rank, (2,)))))
@@ -536,7 +554,7 @@ def test_s3(s3: Any, tmp_path: Path, said: list[str]) -> None:
     assert any("is damaged" in line for line in said)
 
 
-def test_a_big_upload_comes_in_parts(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_big_upload_comes_in_parts(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vault, "BLOCK_BYTES", 5 * 2**20)
     state = {"model.a": torch.arange(3 * 2**20).float()}
     save(saver(tmp_path / "r", to=TO), 1, state)
@@ -544,13 +562,23 @@ def test_a_big_upload_comes_in_parts(s3: Any, tmp_path: Path, monkeypatch: pytes
     assert saver(tmp_path / "r", 2, to=TO).restore(got, print).step == 1 and parts.same(got, state)
 
 
-def test_s3_that_goes_away(s3: Any, tmp_path: Path, impatient: None) -> None:
+@pytest.mark.parametrize("when", ["before it is written", "in the middle of a file", "before the manifest"])
+def test_s3_that_goes_away(s3: S3, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    monkeypatch.setattr(vault, "BLOCK_BYTES", 5 * 2**20)
     root = tmp_path / "ftjob-1"
     mine = saver(root, to=TO)
     save(mine, 1)
-    s3.stop()
-    mine.begin(values(2), Progress(step=2), parts.record(2), None)
+    if when == "before it is written":
+        s3.stop()
+    state = values(2) if when != "in the middle of a file" else {"model.a": torch.zeros(20 * 2**20)}
+    mine.begin(state, Progress(step=2), parts.record(2), None)
     mine.wait_copied()
+    if when == "in the middle of a file":
+        time.sleep(0.1)
+        s3.stop()
+    while when == "before the manifest" and not mine.written():
+        time.sleep(0.001)
+    s3.stop()
     with pytest.raises(Unavailable, match=r"step 2 could not be written to s3://bucket/some/prefix/ftjob-1: .* does not answer"):
         while True:
             mine.settle(mine.written())
@@ -558,9 +586,11 @@ def test_s3_that_goes_away(s3: Any, tmp_path: Path, impatient: None) -> None:
     assert sum("trying again" in line for line in events(root)) == 3
     with pytest.raises(Unavailable, match="does not answer"):  # never a start from scratch because storage is away for a while
         restored(root, to=TO)
+    s3.start()
+    assert restored(root, to=TO)[0] == 1
 
 
-def test_s3_that_comes_back(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_that_comes_back(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "RETRIES_S", (0.3, 0.3, 3.0))
     root = tmp_path / "ftjob-1"
     mine = saver(root, to=TO)
@@ -579,7 +609,7 @@ def test_s3_that_comes_back(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("to", "problem"),
     [("s3://no-such-bucket/x", "bucket does not exist"), ("nowhere://x", "Protocol not known"), ("/proc/x", "No such file")],
 )
-def test_a_place_that_cannot_be_written_to_is_refused_before_training(s3: Any, tmp_path: Path, to: str, problem: str) -> None:
+def test_a_place_that_cannot_be_written_to_is_refused_before_training(s3: S3, tmp_path: Path, to: str, problem: str) -> None:
     with pytest.raises(SpecError, match=problem) as caught:
         saver(tmp_path, to=to).restore({}, print)
     assert caught.value.param == "checkpoint.to"
