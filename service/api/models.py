@@ -50,7 +50,7 @@ def target(store: Store, settings: Settings, project: Project, name: str) -> Tar
             if record.served == "merged":
                 if record.merged is None:
                     why = "only the whole model says it exactly, and the job wrote none"
-                    raise UnknownModel(f"`{name}` cannot be called: {why}.", "Leave `deploy.serve` or `export.merge` on.", "model")
+                    raise UnknownModel(f"`{name}` cannot be called: {why}.", f"Make it with `tuneyard merge {job.id}`.", "model")
                 return Target(job.id)
             if record.adapter is not None:
                 return Target(job.base, run.path(record.adapter))
