@@ -74,7 +74,7 @@ def test_ray_workers_train_what_one_process_trains(ray_here: None, tiny: Path, s
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_bit_identical(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
-    spec = runs.make_spec(optim={"epochs": 15}, checkpoint={"every_steps": 5})
+    spec = runs.make_spec(optim={"epochs": 4}, checkpoint={"every_steps": 5})
     runs.run_training(tiny, store, tmp_path / "whole", spec)
     run = RunDir(tmp_path / "killed", 1, "driver")
     killed: list[int] = []
@@ -111,7 +111,7 @@ def test_a_user_error_is_returned_and_not_retried(ray_here: None, tiny: Path, st
 
 def test_a_resize_computes_what_the_whole_run_computes(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
     """Asked to stop, the loop saves and ends; the next attempt, with another number of workers, goes on at the next step."""
-    spec = runs.make_spec(optim={"epochs": 20})
+    spec = runs.make_spec(optim={"epochs": 8})
     runs.run_training(tiny, store, tmp_path / "whole", spec)
     first = RunDir(tmp_path / "resized", 1, "driver")
 
