@@ -106,7 +106,7 @@ def packed_attention(
         gqa = q_THD.shape[1] != k_TKD.shape[1]
         out = varlen_attn(q_THD, k_TKD, v_TKD, b, b, n, n, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
         return out[None], None  # type: ignore[index]
-    return _on_cpu(q_THD, k_TKD, v_TKD, packing.groups, scale)[None], None
+    return _on_cpu(q_THD, k_TKD, v_TKD, packing.groups, scale)[None], None  # type: ignore[call-arg]
 
 
 @torch.compiler.disable
@@ -160,7 +160,7 @@ class CausalAttention(torch.autograd.Function):
             grad_B = grad[:, :, start:stop].reshape(k.shape[0], -1, size)
             q_B = q[:, :, start:stop].reshape(k.shape[0], -1, size)
             grad_v[:, :stop] += torch.bmm(p.transpose(1, 2), grad_B)
-            grad_scores = torch._softmax_backward_data(torch.bmm(grad_B, v[:, :stop].transpose(1, 2)), p, -1, p.dtype)
+            grad_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad_B, v[:, :stop].transpose(1, 2)), p, -1, p.dtype)
             grad_q[:, :, start:stop] = torch.bmm(grad_scores, k[:, :stop]).view(*q.shape[:2], stop - start, size)
             grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q_B)
         grads_k_v = (g.view(num, -1, length, size).to(q.dtype) for g in (grad_k, grad_v))

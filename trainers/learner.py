@@ -112,7 +112,7 @@ class Learner:
         if norm > max_norm:
             factor *= max_norm / norm
         if gradients and math.isfinite(factor):
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor)  # type: ignore[attr-defined]
         return norm
 
     def update(self, rate: float) -> None:
@@ -137,7 +137,7 @@ class Learner:
                 module.reshard()
         pairs = [(p, self.masters[n]) for n, p in self.parameters.items() if self.masters[n] is not p]
         if pairs:
-            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])  # type: ignore[attr-defined]
 
     def learned(self) -> dict[str, Tensor]:
         """Copies of all that is trained, whole and on the CPU; a collective, of which only the leader keeps anything."""

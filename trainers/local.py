@@ -1,7 +1,7 @@
 """Prepare and train in this process, or under torchrun: no Ray, no service. For debugging, and for GPU machines without Ray.
 
-    python -m trainers.local JOB.yaml [--run FOLDER]
-    torchrun --nproc-per-node=2 -m trainers.local JOB.yaml --run FOLDER
+    python -m trainers.local JOB.yaml [--output FOLDER]
+    torchrun --nproc-per-node=2 -m trainers.local JOB.yaml --output FOLDER
 
 Run again, it goes on where it stopped. SIGTERM and Ctrl-C save a checkpoint at the next step.
 """
@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 
-from trainers import export, merge, resolve
+from trainers import export, merge, resolve, weights
 from trainers.catalogue import find_any
 from trainers.chat import Chat
 from trainers.errors import TuneyardError
@@ -28,7 +28,7 @@ from trainers.fetch import default_models, ensure
 from trainers.parallel import World, leave
 from trainers.prepare import prepare
 from trainers.records import TEMPLATE_FILE, PrepareRecord, RunDir, StepRecord, TrainRecord, write_atomic
-from trainers.spec import JobSpec
+from trainers.spec import JobSpec, Placement
 from trainers.store import TokenStore
 from trainers.train import train
 
@@ -42,14 +42,15 @@ def run_local(spec: JobSpec, folder: Path, stores: Path) -> TrainRecord:
     if world.rank == 0:
         model_dir = ensure(base, default_models(), say=lambda line: print(line, flush=True))
         prepare(spec, model_dir, stores, run, executor="local")
-    world.barrier()
+    world.wait_for_leader()
     model_dir = ensure(base, default_models())
     prepared = run.read("prepare.json", PrepareRecord)
     assert prepared is not None
     store = Path(prepared.store)
-    place = resolve.placement(spec.model_copy(update={"scale": spec.scale.model_copy(update={"workers": world.size})}), os.cpu_count() or 1)
-    torch.set_num_threads(place.threads_per_worker)
-    spec = resolve.schedule(spec, len(TokenStore(store, "train")), place)
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    place = Placement(workers=world.size, threads_per_worker=threads, device="cuda" if world.device == "cuda" else "cpu")
+    spec = resolve.schedule(spec, len(TokenStore(store, "train")), place, weights.size(model_dir))
     if world.rank == 0:
         write_atomic(run.path("resolved.json"), spec.to_json())
 
@@ -80,11 +81,12 @@ def main() -> int:
         prog="python -m trainers.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("job", type=Path, help="a job file (YAML or JSON)")
-    parser.add_argument("--run", type=Path, help="run directory; by default ./runs/{name of the job}")
+    # Not `--run`: torchrun takes that for the beginning of an option of its own.
+    parser.add_argument("--output", type=Path, help="run directory; by default ./runs/{name of the job}")
     args = parser.parse_args()
     try:
         spec = JobSpec.load(args.job)
-        folder = args.run or Path("runs") / spec.name
+        folder = args.output or Path("runs") / spec.name
         record = run_local(spec, folder, folder.parent / "stores")
     except TuneyardError as error:
         print(f"error: {error.message}\n  fix: {error.remedy}", file=sys.stderr)

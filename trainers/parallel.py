@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -67,6 +68,11 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def wait_for_leader(self) -> None:
+        """A barrier before which the first worker may have hours of work (preparing data); collectives give up after minutes."""
+        if self.size > 1:
+            dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+
 
 def leave(code: int) -> None:
     """End a process that belongs to no launcher, where it is one of several: torch's own threads can abort a Python that shuts down."""
@@ -85,7 +91,7 @@ def mesh(world: World, sharding: str) -> DeviceMesh | None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return init_device_mesh(world.device, (world.size // local, local), mesh_dim_names=("copies", "shards"))
     if not dist.is_initialized():  # one worker that offloads
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     return init_device_mesh(world.device, (world.size,), mesh_dim_names=("shards",))
 
 

@@ -31,7 +31,7 @@ def part(tensor: Tensor, rank: int) -> Part:
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     coordinates = tensor.device_mesh.get_coordinate() or ()
     copies = [c for c, placement in zip(coordinates, tensor.placements, strict=True) if placement.is_replicate()]
-    local = tensor.detach().to_local()
+    local = tensor.detach().to_local()  # type: ignore[attr-defined]
     return Part(local, tuple(tensor.shape), tuple(offset), not any(copies) and local.numel() > 0)
 
 
