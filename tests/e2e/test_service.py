@@ -134,6 +134,31 @@ def test_fifty_rows_of_ones_own_survive_a_killed_service_and_answer(service: Ser
     assert "50 rows read, 0 left out" in shown.stdout
 
 
+def test_a_fully_tuned_model_answers_by_its_name_also_after_a_restart(service: Service) -> None:
+    spec = {"method": {"type": "full"}, "optim": {"epochs": 1, "batch_size": 8, "learning_rate": 2e-4}, "validate": {"samples": 0}}
+    spec |= {"checkpoint": {"every_steps": 100}}  # 1.6 GB each: the one at the end is enough
+    job = service.create([pong(n) for n in range(24)], suffix="whole", extra_body={"job": spec})
+    job = service.wait(job.id)
+    assert job.status == "succeeded", job.error
+    run = service.home / "runs" / job.id
+    assert not (run / "adapters").exists()
+    assert service.client.fine_tuning.jobs.checkpoints.list(job.id).data == []  # none of them can be called
+
+    asked: Any = {"messages": [{"role": "user", "content": "Ping 77"}], "temperature": 0, "max_tokens": 32}
+
+    def answer() -> str:
+        return service.client.chat.completions.create(model=job.fine_tuned_model, **asked).choices[0].message.content
+
+    began = time.monotonic()
+    assert answer() == "Pong 77!"
+    assert time.monotonic() - began < 5  # it is loaded already: `succeeded` means that the name answers
+    service.stop()
+    service.start()
+    assert answer() == "Pong 77!"  # waits for the load
+    service.client.models.delete(job.fine_tuned_model)
+    assert not (run / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
