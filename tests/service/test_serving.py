@@ -200,6 +200,18 @@ def test_what_nobody_asks_for_is_unloaded(service: Service, client: OpenAI, serv
     assert list(serving._wanted(asked)) == [BASE]
 
 
+def test_a_base_that_is_not_here_is_told_at_once_and_keeps_nothing_from_being_served(
+    service: Service, client: OpenAI, serving: Serving
+) -> None:
+    assert "llama-3.3-70b-instruct" in {model.id for model in client.models.list()}  # a job may train it, which fetches it
+    with ThreadPoolExecutor(2) as pool:
+        large, small = (pool.submit(client.chat.completions.create, model=name, **ASK) for name in ("llama-3.3-70b-instruct", BASE))
+        until(serving, lambda: large.done() and small.done())
+    with pytest.raises(openai.InternalServerError, match=r"not on this machine.*python -m trainers\.fetch llama-3\.3"):
+        large.result()
+    assert small.result().model == BASE and running(service) == {BASE}
+
+
 @pytest.mark.parametrize(
     ("method", "alone"),
     [
