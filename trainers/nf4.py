@@ -22,8 +22,8 @@ BLOCK = 64
 """Weights that share a scale."""
 SCALE_BLOCK = 256
 """Scales that share a scale of their own."""
-CHUNK = 2**22
-"""Weights rounded at once: bitsandbytes takes over 20 bytes of scratch for each."""
+CHUNK = 2**18
+"""Weights rounded at once. bitsandbytes takes over 20 bytes of scratch for each on the host, and of larger pieces malloc keeps what it got."""
 
 
 class Packed(NamedTuple):
