@@ -26,16 +26,17 @@ from service.serving import REDEPLOY_S, Serving, whole_folder
 from service.settings import Settings
 from service.states import FINAL, Status
 from service.store import Checkpoint, Job, JobEvent, Store, new_id
-from trainers import control
+from trainers import control, manifest, vault
 from trainers.control import CONTROL_FILE, ControlRecord
 from trainers.errors import DataError, Unavailable, WorkerLost
-from trainers.records import CheckpointRecord, OutcomeRecord, RunDir, StageProgress, StepRecord, parse_checkpoint_name, write_atomic
+from trainers.records import CheckpointRecord, OutcomeRecord, RunDir, StageProgress, StepRecord, write_atomic
 from trainers.spec import JobSpec
 
 log = logging.getLogger("tuneyard.runner")
 
 LEASE_S = 90.0  # longer than the slowest single act (starting Serve)
 PURGE_S = 60.0
+REMOTE_S = 15.0  # between two looks at checkpoints that do not lie in the run directory
 
 
 class Runner:
@@ -50,6 +51,8 @@ class Runner:
         self.serving = Serving(settings, store, link)
         self._serve_after = 0.0
         self._purged_at = 0.0
+        self._known_checkpoints: dict[str, set[str]] = {}
+        self._look_after: dict[str, float] = {}
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop. Nothing that goes wrong in a step ends the loop."""
@@ -196,13 +199,20 @@ class Runner:
             self.store.add_segment(sorted(rows, key=lambda row: row.created_at))
 
     def _ingest_checkpoints(self, job: Job) -> None:
-        for manifest in sorted(self.settings.runs.joinpath(job.id, "checkpoints").glob("*/MANIFEST.json")):
-            if parse_checkpoint_name(manifest.parent.name) is None:
+        part = JobSpec.parse(job.spec).checkpoint
+        if part.to is not None:  # elsewhere, where each look costs time and money
+            if time.time() < self._look_after.get(job.id, 0.0) and self._outcome(job) is None:
+                return
+            self._look_after[job.id] = time.time() + REMOTE_S
+        place = vault.at(self._run(job.id), part)
+        known = self._known_checkpoints.setdefault(job.id, set())
+        for name in manifest.ordered(place.names()):
+            if name in known:
                 continue
             try:
-                content = manifest.read_bytes()
+                content = vault.read(place, name, vault.MANIFEST)
                 record = CheckpointRecord.model_validate_json(content)
-            except (OSError, ValidationError):  # pruned while we looked, or damaged: no checkpoint
+            except (OSError, ValueError):  # not whole yet, pruned while we looked, or damaged: no checkpoint
                 continue
             metrics = {"step": record.step, "train_loss": record.train_loss, "train_mean_token_accuracy": record.train_accuracy}
             if record.valid_loss is not None:
@@ -216,6 +226,7 @@ class Runner:
                 manifest_sha256=hashlib.sha256(content).hexdigest(),
             )
             self.store.add_checkpoint(checkpoint)
+            known.add(name)
 
     # -- act ---------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from service.link import Link
 from service.order import LaunchOrder
 from service.results import table
 from service.runner import Runner
-from trainers.records import RunDir, StepRecord
+from trainers.records import CheckpointRecord, RunDir, StepRecord, checkpoint_name, write_atomic
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +315,20 @@ def test_only_one_of_two_runners_acts(client: OpenAI, runner: Runner, service: S
     other.step()
     assert client.fine_tuning.jobs.retrieve(job).status == "validating_files"
     assert ended(client, runner, job).status == "succeeded"
+
+
+def test_checkpoints_that_lie_elsewhere_are_listed(own_service: Service, tmp_path: Path) -> None:
+    client = own_service.client()
+    job = client.fine_tuning.jobs.retrieve(create(client))
+    row = own_service.store.job(job.organization_id, job.id)
+    assert row is not None
+    there = {**row.spec["checkpoint"], "to": f"file://{tmp_path}/there"}
+    own_service.store.change(job.id, attempt=1, losses=2, spec={**row.spec, "checkpoint": there})
+    record = CheckpointRecord(step=3, files={}, train_loss=1.0, train_accuracy=0.5)
+    write_atomic(tmp_path / "there" / job.id / checkpoint_name(3, 1) / "MANIFEST.json", record.model_dump_json())
+    Runner(own_service.settings, own_service.store, own_service.link).step()
+    assert [found.step for found in own_service.store.checkpoints(job.id)] == [3]
+    assert own_service.store.open_jobs()[0].losses == 0  # a new checkpoint is progress
 
 
 RUN_AWAY = """
