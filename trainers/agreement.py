@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ LONGEST = 256
 POSITIONS = 32
 """Positions of a prompt whose logits are compared: its last ones, where the answer stands."""
 Read = Callable[[str], Tensor]
+Bare = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def compare(got_NV: Tensor, want_NV: Tensor, base_NV: Tensor) -> Agreement:
 
 def of_weights(model_dir: Path, read: Read, prompts: list[list[int]]) -> Tensor:
     """Logits (N, V) of the model whose config lies in `model_dir` and whose weights `read` gives by name."""
-    return _logits(_skeleton(model_dir), read, prompts)
+    return _logits(_skeleton(model_dir), read, prompts)[0]
 
 
 def of_adapter(model_dir: Path, adapter: Path, read: Read, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,7 @@ def of_adapter(model_dir: Path, adapter: Path, read: Read, prompts: list[list[in
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the merge handles a head that is no longer tied
         config = LoraConfig.from_pretrained(str(adapter))
+        config.base_model_name_or_path = None  # whatever the base was called there
         model = get_peft_model(_skeleton(model_dir), config, low_cpu_mem_usage=True).eval()  # type: ignore[arg-type]
     file = TensorFile(adapter / "adapter_model.safetensors")
 
@@ -80,9 +83,7 @@ def of_adapter(model_dir: Path, adapter: Path, read: Read, prompts: list[list[in
             return file.read(PREFIX + own)
         return read(own.replace(".base_layer", "").replace(".original_module", ""))
 
-    want_NV = _logits(model.base_model.model, named, prompts)  # type: ignore[arg-type]
-    with model.disable_adapter():
-        return want_NV, _logits(model.base_model.model, named, prompts)  # type: ignore[arg-type]
+    return _logits(model.base_model.model, named, prompts, model.disable_adapter)  # type: ignore[return-value, arg-type]
 
 
 def reader(folder: ModelFolder) -> Read:
@@ -90,8 +91,8 @@ def reader(folder: ModelFolder) -> Read:
     return lambda name: folder.read(EMBEDDING if name == HEAD and name not in folder else name)
 
 
-def in_four_bits(read: Read, adapter: Path, double_quant: bool) -> Read:
-    """The base as QLoRA trains on it: bitsandbytes' own NF4 of every matrix that has an adapter."""
+def in_four_bits(read: Read, adapter: Path, double_quant: bool, dtype: torch.dtype) -> Read:
+    """The base as QLoRA trains on it: bitsandbytes' own NF4 of every matrix that has an adapter, unpacked to `dtype`."""
     from bitsandbytes import functional
 
     entries = TensorFile(adapter / "adapter_model.safetensors").entries
@@ -103,6 +104,7 @@ def in_four_bits(read: Read, adapter: Path, double_quant: bool) -> Read:
         packed, state = functional.quantize_4bit(
             read(name).to(torch.bfloat16), blocksize=64, compress_statistics=double_quant, quant_type="nf4"
         )
+        state.dtype = dtype
         return functional.dequantize_4bit(packed, state)
 
     return four_bits
@@ -119,31 +121,43 @@ def _skeleton(model_dir: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _logits(model: Any, read: Read, prompts: list[list[int]]) -> Tensor:
-    """Logits at the last positions of each prompt, fp32, (N, V). Rows are padded on the right, which no token before can see."""
+def _logits(model: Any, read: Read, prompts: list[list[int]], bare: Bare | None = None) -> tuple[Tensor, ...]:
+    """Logits at the last positions of each prompt, fp32 (N, V); with `bare`, which disables the adapters for a while, also those without.
+
+    Both come from one pass, so that weights are read once. Rows are padded on the right, which no token before can see.
+    """
     prompts = [ids[-LONGEST:] for ids in prompts]
     ids_BT = torch.zeros(len(prompts), max(len(ids) for ids in prompts), dtype=torch.long)
     for row, ids in zip(ids_BT, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     body, names = model.model, {module: name for name, module in model.named_modules()}
-    blocks = [body.embed_tokens, *body.layers, body.norm, model.lm_head]
-    hooks = [_Block(block, names[block], read) for block in blocks]
+    bare_BTE: list[Tensor] = []  # the hidden states without adapters, at the block that comes next
+    blocks = [_Block(block, names[block], read, bare, bare_BTE) for block in (body.embed_tokens, *body.layers, body.norm)]
     try:
-        hidden_BTE = body(input_ids=ids_BT, use_cache=False).last_hidden_state
-        kept = [hidden_BTE[b, max(0, len(ids) - POSITIONS) : len(ids)] for b, ids in enumerate(prompts)]
-        return model.lm_head(torch.cat(kept))
+        hidden = [body(input_ids=ids_BT, use_cache=False).last_hidden_state, *bare_BTE]
     finally:
-        for hook in hooks:
-            hook.remove()
+        for block in blocks:
+            block.remove()
+    kept = [torch.cat([h_TE[: len(ids)][-POSITIONS:] for h_TE, ids in zip(h_BTE, prompts, strict=True)]) for h_BTE in hidden]
+    head_NE: list[Tensor] = kept[1:]
+    block = _Block(model.lm_head, names[model.lm_head], read, bare, head_NE)
+    try:
+        return model.lm_head(kept[0]), *head_NE
+    finally:
+        block.remove()
 
 
 class _Block:
-    """Reads a block's weights right before its forward pass and lets them go right after."""
+    """Reads a block's weights right before its forward pass and lets them go right after.
 
-    def __init__(self, block: nn.Module, name: str, read: Read) -> None:
-        self._block, self._name, self._read = block, name, read
+    With `bare`, the block is run a second time without its adapters, on `stream[0]` (at the first block: on the same input), which its
+    output replaces.
+    """
+
+    def __init__(self, block: nn.Module, name: str, read: Read, bare: Bare | None, stream: list[Tensor]) -> None:
+        self._block, self._name, self._read, self._bare, self._stream = block, name, read, bare, stream
         self._empty: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._hooks = [block.register_forward_pre_hook(self._fill), block.register_forward_hook(self._drop)]
+        self._hooks = [block.register_forward_pre_hook(self._fill), block.register_forward_hook(self._drop, with_kwargs=True)]
 
     def _fill(self, *_: Any) -> None:
         for inner, module in self._block.named_modules():
@@ -153,13 +167,19 @@ class _Block:
                     self._empty.append((module, name, parameter))
                     module._parameters[name] = nn.Parameter(self._read(full).float(), requires_grad=False)
 
-    def _drop(self, *_: Any) -> None:
+    def _drop(self, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any], _: Any) -> None:
+        if self._bare is not None:
+            with self._bare():
+                self._stream[:] = [block.forward(*(self._stream or given[:1]), *given[1:], **named)]
+        self._clear()
+
+    def _clear(self) -> None:
         for module, name, parameter in self._empty:
             module._parameters[name] = parameter
         self._empty = []
 
     def remove(self) -> None:
-        self._drop()
+        self._clear()
         for hook in self._hooks:
             hook.remove()
 

@@ -140,6 +140,7 @@ def test_a_wrong_merge_is_refused_with_its_distance(tiny: Path, tmp_path: Path) 
     config = run.path("adapters", "step-000010", "adapter_config.json")
     base, adapter = ModelFolder(tiny), config.parent
     want, plain = agreement.of_adapter(tiny, adapter, agreement.reader(base), tuned.PROMPTS)
+    assert (want - tuned.reference(tiny, adapter)).abs().max() < 1e-3 and (plain - tuned.logits(tuned.load(tiny))).abs().max() < 1e-3
     with pytest.raises(ModelError, match=r"KL .* nats, where .* is allowed"):  # the base itself is no merged model
         agreement.compare(plain, want, plain)
     told = json.loads(config.read_text())
@@ -249,14 +250,14 @@ def test_killed_in_the_middle_and_made_again(tiny: Path, tmp_path: Path) -> None
 
 
 def test_memory_is_one_tensor_whatever_the_model(tmp_path: Path) -> None:
-    """A base of 40 MB in one file, of which the largest tensor is 2 MB."""
+    """A base of 160 MB in one file, of tensors of 8 MB."""
     base = tmp_path / "base"
     base.mkdir()
-    weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.full((512, 1024), float(i)) for i in range(20)}
+    weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.full((1024, 2048), float(i)) for i in range(20)}
     save_file(weights, base / "model.safetensors")
     (adapter := tmp_path / "adapter").mkdir()
     lora = [f"base_model.model.{n.removesuffix('.weight')}" for n in weights]
-    tensors = {f"{n}.lora_A.weight": torch.ones(2, 1024) for n in lora} | {f"{n}.lora_B.weight": torch.ones(512, 2) for n in lora}
+    tensors = {f"{n}.lora_A.weight": torch.ones(2, 2048) for n in lora} | {f"{n}.lora_B.weight": torch.ones(1024, 2) for n in lora}
     save_file(tensors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     (out := tmp_path / "out").mkdir()
@@ -267,7 +268,7 @@ def test_memory_is_one_tensor_whatever_the_model(tmp_path: Path) -> None:
         peak = max(peak, _resident() - start)
 
     merge.write_model(base, AdapterFold(adapter, ModelFolder(base)), out, on_progress=watch)
-    assert peak < 12e6, f"{peak / 1e6:.1f} MB"
+    assert peak < 40e6, f"{peak / 1e6:.1f} MB"
     assert load_file(out / "model.safetensors")["model.layers.3.mlp.up_proj.weight"].eq(5).all()
 
 
