@@ -23,7 +23,7 @@ BLOCK = 64
 SCALE_BLOCK = 256
 """Scales that share a scale of their own."""
 CHUNK = 2**18
-"""Weights rounded at once. bitsandbytes takes over 20 bytes of scratch for each on the host, and of larger pieces malloc keeps what it got."""
+"""Weights rounded at once. On the host each takes over 20 bytes of scratch, and of larger pieces malloc keeps what it got."""
 
 
 class Packed(NamedTuple):
