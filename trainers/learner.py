@@ -164,10 +164,10 @@ class Learner:
 
     # -- checks and speed ----------------------------------------------------------------------------------------------
 
-    def compile(self) -> None:
+    def compile(self, backend: Any = "inductor") -> None:
         """torch.compile for each block by itself: blocks are alike, so one graph serves all."""
         for block in parallel.blocks(self.trainee):
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, backend=backend)
 
     def uncompile(self) -> None:
         for block in parallel.blocks(self.trainee):

@@ -43,7 +43,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        dropped_TI = self.noise.dropout(x_TI, self.dropout, self.name) if self.dropout else x_TI
+        dropped_TI = self.noise.dropout(x_TI, self) if self.dropout else None
         a_RI, b_OR = self.lora_A.to(x.dtype), (self.lora_B * self.scaling).to(x.dtype)
         bias_O = self.base.bias if self.lora_magnitude_vector is None else None
         out_TO: Any = _LoraMatmul.apply(x_TI, dropped_TI, self.base.weight, bias_O, a_RI, b_OR)
@@ -63,14 +63,15 @@ class LoraLinear(nn.Module):
 class _LoraMatmul(torch.autograd.Function):
     """x W^T + bias + (d A^T) B^T, accumulated in place: plain autograd would make two more passes over (T, O) each way.
 
-    d is x, or x after dropout.
+    d is x after dropout, or None for x itself (torch.compile takes no tensor twice).
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, d_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, d_TI: Tensor | None, w_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        ctx.one_input = d_TI is None
+        d_TI = x_TI if d_TI is None else d_TI
         low_TR = d_TI @ a_RI.T
         out_TO = nn.functional.linear(x_TI, w_OI, bias_O).addmm_(low_TR, b_OR.T)
-        ctx.one_input = d_TI is x_TI
         ctx.save_for_backward(d_TI, w_OI, a_RI, b_OR, low_TR)
         return out_TO
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,18 +26,26 @@ def token_keys(seed: int, step: int, example: int, length: int) -> np.ndarray:
     return (x >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
+class Layer(Protocol):
+    """A layer with dropout."""
+
+    name: str
+    dropout: float
+
+
 class Noise:
     """What the layers of one model need to know: the keys of the micro-batch that is computed now. Without keys there is no noise."""
 
     def __init__(self) -> None:
         self.keys_T: Tensor | None = None
 
-    def dropout(self, x_TF: Tensor, share: float, layer: str) -> Tensor:
+    @torch.compiler.disable  # a compiled block would be compiled again for each layer's name
+    def dropout(self, x_TF: Tensor, layer: Layer) -> Tensor:
         """`x_TF` with a share of its numbers zeroed and the rest scaled up to the same mean (Srivastava et al., 2014)."""
-        if self.keys_T is None or share == 0:
+        if self.keys_T is None:
             return x_TF
-        kept_TF = (self._bits(layer, x_TF) & 0x7FFFFFFF) >= int(share * 2**31)
-        return x_TF * (kept_TF.to(x_TF.dtype) * (1 / (1 - share)))
+        kept_TF = (self._bits(layer.name, x_TF) & 0x7FFFFFFF) >= int(layer.dropout * 2**31)
+        return x_TF * (kept_TF.to(x_TF.dtype) * (1 / (1 - layer.dropout)))
 
     def uniform(self, x_TF: Tensor, layer: str) -> Tensor:
         """Uniform in [-1, 1), of the shape and dtype of `x_TF`."""

@@ -62,7 +62,7 @@ class QLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        dropped_TI = self.noise.dropout(x_TI, self.dropout, self.name) if self.dropout else None
+        dropped_TI = self.noise.dropout(x_TI, self) if self.dropout else None
         a_RI, b_OR = self.lora_A.to(x.dtype), (self.lora_B * self.scaling).to(x.dtype)
         out_TO: Any = _QLoraMatmul.apply(x_TI, dropped_TI, self.bias, a_RI, b_OR, self.shape, *self.packed)
         return out_TO.view(*x.shape[:-1], -1)

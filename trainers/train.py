@@ -190,9 +190,12 @@ def make_ready(learner: Learner, run: RunDir | None) -> None:
             raise
         except Exception as error:  # a compiler fails in a hundred ways, and none of them stops the model from running uncompiled
             learner.uncompile()
-            cause = (str(error).strip().splitlines() or ["no reason given"])[-1][:200]
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # the compiler wraps what it met
+                cause = cause.__cause__
+            told = " ".join(str(cause).split("\n\n")[0].split())[:300]
             if run is not None:
-                run.event(f"Blocks run uncompiled: torch.compile failed ({type(error).__name__}: {cause}).", "warn")
+                run.event(f"Blocks run uncompiled: torch.compile failed ({type(cause).__name__}: {told}).", "warn")
     learner.probe()
 
 

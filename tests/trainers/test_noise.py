@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from trainers.noise import Noise, token_keys
+from trainers.noise import Layer, Noise, token_keys
+
+
+def layer(name: str, dropout: float = 0.5) -> Layer:
+    return SimpleNamespace(name=name, dropout=dropout)  # type: ignore[return-value]
 
 
 def noise(keys: np.ndarray) -> Noise:
@@ -16,7 +22,7 @@ def noise(keys: np.ndarray) -> Noise:
 
 
 def test_a_share_is_dropped_and_the_mean_stays() -> None:
-    dropped = noise(token_keys(1, 2, 3, 2000)).dropout(torch.ones(2000, 576), 0.1, "layer")
+    dropped = noise(token_keys(1, 2, 3, 2000)).dropout(torch.ones(2000, 576), layer("layer", 0.1))
     zero = (dropped == 0).double()
     assert zero.mean().item() == pytest.approx(0.1, abs=1e-3)
     assert dropped.mean().item() == pytest.approx(1.0, abs=2e-3)
@@ -37,14 +43,14 @@ def test_uniform_noise_is_uniform() -> None:
 def test_it_depends_on_seed_step_example_position_layer_and_feature_alone() -> None:
     x = torch.ones(8, 64)
     keys = token_keys(1, 2, 3, 8)
-    one = noise(keys).dropout(x, 0.5, "a")
-    assert torch.equal(one, noise(token_keys(1, 2, 3, 8)).dropout(x, 0.5, "a"))
-    assert torch.equal(one[3:5], noise(keys[3:5]).dropout(x[3:5], 0.5, "a"))  # wherever the token lies
-    others = [noise(token_keys(*key, 8)).dropout(x, 0.5, "a") for key in ((0, 2, 3), (1, 1, 3), (1, 2, 2))]
-    for other in (*others, noise(keys).dropout(x, 0.5, "b")):
+    one = noise(keys).dropout(x, layer("a"))
+    assert torch.equal(one, noise(token_keys(1, 2, 3, 8)).dropout(x, layer("a")))
+    assert torch.equal(one[3:5], noise(keys[3:5]).dropout(x[3:5], layer("a")))  # wherever the token lies
+    others = [noise(token_keys(*key, 8)).dropout(x, layer("a")) for key in ((0, 2, 3), (1, 1, 3), (1, 2, 2))]
+    for other in (*others, noise(keys).dropout(x, layer("b"))):
         assert 0.3 < (other != one).double().mean() < 0.7
 
 
 def test_without_keys_there_is_none() -> None:
     x = torch.ones(2, 3)
-    assert Noise().dropout(x, 0.5, "a") is x
+    assert Noise().dropout(x, layer("a")) is x
