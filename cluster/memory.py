@@ -28,8 +28,8 @@ from trainers.spec import Adapter, Full, JobSpec, Lora, Optim, Placement, QLora,
 
 GIB = 2**30
 Device = Literal["cpu", "cuda"]
-PROCESS = {"cuda": int(0.8 * GIB), "cpu": int(0.7 * GIB)}
-"""A CUDA context, cuBLAS' workspaces and kernels; on CPUs the interpreter with torch."""
+PROCESS = {"cuda": int(0.8 * GIB), "cpu": GIB}
+"""A CUDA context, cuBLAS' workspaces and kernels; on CPUs the interpreter with torch, and what malloc keeps."""
 COMMUNICATION = {"cuda": GIB, "cpu": 0}
 """NCCL's buffers, where there are several workers."""
 LOGIT_BYTES = {"cuda": 512 * 2**20, "cpu": 24 * 2**20}
@@ -146,11 +146,15 @@ class _Plan:
         return [size for name, size in self.shape.linears.items() if wanted == "all-linear" or name in wanted]
 
     def adapters(self) -> int:
-        """Numbers in the adapters of one block."""
+        """Numbers in the adapters of one block; each matrix with rows to spare where they do not go evenly among the shards."""
         if isinstance(self.method, Full):
             return 0
-        dora = isinstance(self.method, Lora) and self.method.dora
-        return sum(self.method.r * (i + o) + (o if dora else 0) for i, o in self.targets())
+        r, dora = self.method.r, isinstance(self.method, Lora) and self.method.dora
+
+        def padded(rows: int) -> int:
+            return -(-rows // self.shards) * self.shards
+
+        return sum(padded(r) * i + padded(o) * (r + (1 if dora else 0)) for i, o in self.targets())
 
     def trained(self) -> int:
         """Numbers that are trained, in the whole model."""
@@ -196,7 +200,8 @@ class _Plan:
         """Bytes of activations that all blocks keep for the backward pass, per token."""
         layers = self.shape.layers
         again = {"none": 0, "selective": layers - layers // 2, "full": layers}[str(self.scale.activation_checkpointing)]
-        return again * self.compute * self.shape.hidden + (layers - again) * self.saved()
+        needless = 0 if again or isinstance(self.method, Full) else 4 * self.shape.hidden  # frozen embeddings need no gradient
+        return again * self.compute * self.shape.hidden + (layers - again) * self.saved() - needless
 
     def saved(self) -> int:
         """Bytes that autograd saves of one block when nothing is computed again, per token.
@@ -241,10 +246,10 @@ class _Plan:
 
         trained, trained_root = (s.block, s.root) if full else (self.adapters(), 0)
         summed = 4 if self.sharded else 0  # FSDP2 copies a group's gradients into one fp32 buffer
-        head_grad = c * s.vocab * s.hidden if full else 0  # waits for the whole root's
+        head_grad = c * s.vocab * s.hidden if full else 0
         largest = c * max(i * o for i, o in self.shape.linears.values()) if full else 0
-        new = 4 / self.shards if self.sharded else 0  # the sums of a group, before they are added to those of earlier micro-batches
-
+        # The sums of a group, in fp32 and as they are kept, before they are added to those of earlier micro-batches.
+        new = (4 + (2 if full and self.scale.master == "bf16" else 0)) / self.shards if self.sharded else 0
         copied = s.layers * trained if self.scale.sharding == "hybrid" else 0  # held until nodes have summed them, too
 
         mode = str(self.scale.activation_checkpointing)
@@ -257,18 +262,22 @@ class _Plan:
         loss, left = self.head()
 
         def moment(gathered: float, activations: float, head: float, unreduced: float = 0, **more: float) -> dict[str, int]:
-            parts = stays | {"gathered": gathered, "activations": activations, "head": head, "unreduced": unreduced, "fixed": fixed}
+            parts = stays | {"gathered": gathered, "head": head, "fixed": fixed}
+            parts |= {"unreduced": unreduced if self.sharded else 0, "activations": activations + (0 if self.sharded else unreduced)}
             return {name: int(parts[name] + more.get(name, 0)) for name in COMPONENTS}
 
         again = 0 if mode == "full" else embedded  # the embeddings, which are a block's input where that is kept
         whole = root + (buffer + others + (others > 0)) * block  # after the forward pass
-        waiting = head_grad + largest
+        waiting = largest + (head_grad if self.sharded else 0)  # the head's gradient waits for the whole root's
 
         return {
             "forward pass begins": moment((1 + buffer) * (root + block), embedded, left),
-            "forward of the last block": moment(root + (1 + 2 * buffer + others) * block, kept - last + forward * t, left),
+            "last block gathered": moment(root + (1 + 2 * buffer + others) * block, kept - last + embedded, left),
+            "forward of the last block": moment(root + (1 + buffer + others) * block, kept - last + forward * t, left),
             "loss": moment(whole, kept + norm + 2 * embedded + again, loss + left),
-            "backward of the last norm": moment(whole, kept + 24 * s.hidden * t, left, head_grad),
+            "backward of the last norm": moment(
+                whole, kept + max(24 * s.hidden * t, 0 if self.sharded else head_grad), left, head_grad if self.sharded else 0
+            ),
             "backward of the last block": moment(root + (1 + max(buffer, others)) * block, kept + work_last, left, waiting),
             "backward of a block": moment(root + (1 + max(buffer, others)) * block, kept - last + work, left, waiting + summed * trained),
             "gradients of a block": moment(
@@ -290,7 +299,7 @@ class _Plan:
         gradients = self.tokens * c * (2 * s.intermediate + s.hidden)
         matrix = max(i * o for i, o in s.linears.values())
         if isinstance(self.method, QLora):  # one at a time, out of its four bits
-            gradients += c * matrix
+            gradients = max(gradients, self.tokens * c * (s.intermediate + s.hidden) + c * matrix)
         if isinstance(self.method, Lora) and self.method.dora:  # the norms of its rows: in fp32, and squared
             gradients = max(gradients, 8 * matrix)
         return gradients + (self.tokens * self.saved() if again else 0)
