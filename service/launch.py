@@ -10,9 +10,11 @@ where its record is there, so the answer to every crash is to run the job again.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from serve.deploy import adapter_of, deploy, wait_until_healthy
 from service import datareport
 from service.order import LaunchOrder
 from trainers import resolve
+from trainers.card import write_card
 from trainers.catalogue import Base, find_any
 from trainers.chat import Chat
 from trainers.errors import Fenced, SpecError, TuneyardError
@@ -163,6 +166,8 @@ def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: R
     except Exception as error:  # whatever went wrong here, the model is trained and answers
         run.event(f"Evaluation failed: {error}", "error")
         return
+    if model.merged is not None:
+        write_card(run, model, run.path(model.merged))  # again, now with these results
     for task in record.tasks:
         run.event(
             f"{task.name}: {task.metric} base {task.base[task.metric]:.1%}, tuned {task.tuned[task.metric]:.1%} ({task.examples} examples)."
@@ -188,6 +193,9 @@ def main() -> int:
     args = parser.parse_args()
     run = RunDir(args.run, args.attempt, writer="driver")
     started = time.time()
+    # Ray Train and Ray Data take a second to load, and the cluster takes a second to answer.
+    loading = threading.Thread(target=importlib.import_module, args=("trainers.distributed",), daemon=True)
+    loading.start()
     import ray
 
     ray.init(logging_level=logging.WARNING, log_to_driver=True)

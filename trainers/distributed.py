@@ -45,7 +45,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
-RAY_TRAIN_ENVIRONMENT = {
+RAY_TRAIN_ENVIRONMENT = {  # and no watcher for preemption on a cluster of one machine: it is a process more to start
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late the end of training, or of a worker, is seen; 2 by default
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how late a notice is seen; of the 30 s that some clouds give, 5 by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # what a worker prints goes to its own log
@@ -74,7 +74,7 @@ def train_on_ray(
     `spec` has gone through `resolve.defaults`; what depends on the place is resolved here, at each start, and kept as `resolved.json`.
     `workers` overrides `scale.workers`. `since`: see `trainers.train.train`. Raises OutOfMemory or WorkerLost when workers kept dying.
     """
-    os.environ.update(RAY_TRAIN_ENVIRONMENT)
+    os.environ.update(RAY_TRAIN_ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=str(int(len(nodes()) > 1)))
     place_of_checkpoints = vault.at(run, spec.checkpoint)
     num_examples = len(TokenStore(store, "train"))
     base_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
@@ -216,7 +216,7 @@ def _fit(spec: JobSpec, model_dir: Path, store: Path, run: RunDir, place: Placem
         run_config=ray.train.RunConfig(
             name=f"{run.root.name}-{run.attempt}-{start}",
             storage_path=str(run.path("ray_train")),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT, "worker_process_setup_hook": "trainers.warm.begin"},
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0, preemption_grace_s=PREEMPTION_GRACE_S
             ),

@@ -26,7 +26,7 @@ from trainers.checkpoint import Checkpointer, Progress
 from trainers.errors import OutOfMemory, UserError
 from trainers.learner import Learner
 from trainers.parallel import World
-from trainers.records import TEMPLATE_FILE, CheckpointRecord, RunDir, SampleRecord, StepRecord, TrainRecord
+from trainers.records import TEMPLATE_FILE, CheckpointRecord, RunDir, SampleRecord, StepRecord, TimingRecord, TrainRecord
 from trainers.spec import JobSpec
 from trainers.store import TokenStore
 
@@ -291,6 +291,7 @@ def tell_start(run: RunDir, moments: dict[str, float]) -> None:
     parts = {name: round(at - before, 2) for (name, at), before in zip(list(moments.items())[1:], times[:-1], strict=True)}
     told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
     run.event(f"First step made {times[-1] - times[0]:.1f} s after {next(iter(moments))} (seconds: {told}).", seconds=parts)
+    run.write("timing.json", TimingRecord(phases=parts))
 
 
 def tell_trend(run: RunDir, progress: Progress, spec: JobSpec, *, last: bool, enough: bool) -> None:

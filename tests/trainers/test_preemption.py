@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
 from tests.numerics import runs
 from tests.trainers.test_distributed import told, when
@@ -37,9 +37,8 @@ def test_a_machine_that_leaves_costs_no_step_and_no_loss(two_machines: Cluster, 
     second = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != ray.get_runtime_context().get_node_id())
 
     def take_away() -> None:
-        GcsClient(address=two_machines.address).drain_node(
-            second, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + DEADLINE_S) * 1000)
-        )
+        gcs = GcsClient(address=two_machines.address)
+        gcs.drain_node(second, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", int((time.time() + DEADLINE_S) * 1000))
 
     taking = when(run.steps, take_away)
     record = train_on_ray(spec, tiny, store, run)
