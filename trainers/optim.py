@@ -1,10 +1,10 @@
-"""The optimizer, its schedule and the clip: small enough to read, exact enough to resume bit for bit."""
+"""The optimizer, its schedule, and what gradient it must not use: small enough to read, exact enough to resume bit for bit."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -92,13 +92,3 @@ def is_bad(norm: float, before: list[float], max_spike: float | None) -> bool:
     if not math.isfinite(norm):
         return True
     return max_spike is not None and len(before) >= SPIKE_STEPS and norm > max_spike * statistics.median(before)
-
-
-def clip(gradients: Iterable[Tensor], max_norm: float) -> float:
-    """Scale gradients in place to a global norm of at most `max_norm`; returns the norm before."""
-    gradients = list(gradients)
-    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
-    if norm > max_norm:
-        for gradient in gradients:
-            gradient.mul_(max_norm / norm)
-    return norm

@@ -132,7 +132,8 @@ def test_dropout_touches_the_adapter_alone() -> None:
     x = torch.randn(6, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
     assert torch.equal(layer(x), make_layer()(x))  # outside of training there is no noise
     layer.noise.keys_T = torch.from_numpy(token_keys(0, 1, 2, 6))
-    dropped = layer.noise.dropout(x, layer)
+    noise: Any = layer.noise
+    dropped = noise.dropout(x, layer)
     w_OI = nf4.dequantize(layer.packed, layer.shape, torch.float32)
     want = x @ w_OI.T + 2.0 * dropped @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(layer(x), want)
