@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainers.catalogue import catalogue
 from trainers.curve import loss_curve
-from trainers.records import DataReport, EvaluationRecord, ModelRecord, PrepareRecord, RunDir, StepRecord
+from trainers.records import DataReport, EvaluationRecord, ModelRecord, PrepareRecord, RunDir, StepRecord, write_atomic
 from trainers.spec import Full, JobSpec, Lora, Method
 
 CURVE_FILE = "loss.svg"
@@ -18,8 +18,8 @@ def write_card(run: RunDir, record: ModelRecord, folder: Path) -> None:
     """Write README.md, and the loss curve beside it, into a model folder. Called again after an evaluation, it tells of that too."""
     steps = run.steps()
     if steps:
-        (folder / CURVE_FILE).write_text(loss_curve(steps), encoding="utf-8")
-    (folder / "README.md").write_text(card(run, record), encoding="utf-8")
+        write_atomic(folder / CURVE_FILE, loss_curve(steps))
+    write_atomic(folder / "README.md", card(run, record))
 
 
 def card(run: RunDir, record: ModelRecord) -> str:

@@ -74,6 +74,7 @@ def merge(
             shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(run.path("exports"), ignore_errors=True)  # they are forms of the folder that stood here
             scratch.rename(target)
+            shutil.rmtree(run.path("checkpoints", ".fetched"), ignore_errors=True)  # a copy of one that lies elsewhere
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         sync_folder(target.parent)
