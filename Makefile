@@ -3,6 +3,7 @@
 #   make up        start the service (Ctrl-C stops it)
 #   make test      all tests          make check    lint, types, tests
 #   make bench     speed, as ratios in one run
+#   make chaos     training whose workers are killed 50 times   make soak      500 times
 # TORCH_INDEX=URL takes torch from another package index (on Linux without a GPU: the index of its CPU builds, 200 MB instead of gigabytes).
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo up test lint types check bench clean
+.PHONY: install demo up test lint types check bench chaos soak clean
 .DEFAULT_GOAL := check
 
 install: $(READY)
@@ -47,6 +48,13 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.train
 	@$(BIN)/python -m tests.benchmarks.data
 	@$(BIN)/python -m tests.benchmarks.curate
+	@$(BIN)/python -m tests.benchmarks.qlora
+
+chaos: $(READY)
+	@TUNEYARD_KILLS=50 $(BIN)/python -m pytest tests/chaos --timeout 3600
+
+soak: $(READY)
+	@TUNEYARD_KILLS=500 $(BIN)/python -m pytest tests/chaos --timeout 36000
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

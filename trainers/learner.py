@@ -166,6 +166,7 @@ class Learner:
 
     def compile(self, backend: Any = "inductor") -> None:
         """torch.compile for each block by itself: blocks are alike, so one graph serves all."""
+        torch._dynamo.config.recompile_limit = 64  # layers of several shapes, with and without gradients, share code objects
         for block in parallel.blocks(self.trainee):
             block.compile(dynamic=True, backend=backend)
 

@@ -135,7 +135,8 @@ def export(tensors: Mapping[str, Tensor], method: Lora | QLora, base: str, folde
         "lora_dropout": method.dropout,
         "bias": "none",
         "target_modules": sorted({name.split(".")[-2] for name in tensors if name.endswith("lora_A")}),
-        "modules_to_save": (method.modules_to_save or None) if isinstance(method, Lora) else None,
+        # Whole names: PEFT would take `norm` for every name that ends so.
+        "modules_to_save": sorted({n.rpartition(".")[0] for n in tensors if ".lora_" not in n}) or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 

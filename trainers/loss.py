@@ -54,18 +54,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             lse_C1 = sum_C1.log() + most_C1
             aim_C1 = (1 - what.label_smoothing) * picked_C1 + what.label_smoothing * mean_C1
             loss += torch.dot((lse_C1 - aim_C1 + what.z_loss * lse_C1.square()).squeeze(1), weight_C)
-            if grad_hidden_NE is None and grad_head_VE is None:
-                continue
-            # d loss / d logit = p (1 + 2 z lse) - (1 - smoothing) [target] - smoothing / V, times the token's weight.
-            scaled_CV.mul_(weight_C[:, None] * (1 + 2 * what.z_loss * lse_C1) / sum_C1)
-            scaled_CV.scatter_add_(1, target_C1, -(1 - what.label_smoothing) * weight_C[:, None])
-            if what.label_smoothing:
-                scaled_CV.sub_(weight_C[:, None] * (what.label_smoothing / vocabulary))
-            grad_CV = logits_CV.copy_(scaled_CV)
+            if need_hidden or need_head:
+                # d loss / d logit = p (1 + 2 z lse) - (1 - smoothing) [target] - smoothing / V, times the token's weight.
+                scaled_CV.mul_(weight_C[:, None] * (1 + 2 * what.z_loss * lse_C1) / sum_C1)
+                scaled_CV.scatter_add_(1, target_C1, -(1 - what.label_smoothing) * weight_C[:, None])
+                if what.label_smoothing:
+                    scaled_CV.sub_(weight_C[:, None] * (what.label_smoothing / vocabulary))
+                logits_CV.copy_(scaled_CV)  # from here on, their gradient
             if grad_hidden_NE is not None:
-                torch.matmul(grad_CV, head_VE, out=grad_hidden_NE[part])
+                torch.matmul(logits_CV, head_VE, out=grad_hidden_NE[part])
             if grad_head_VE is not None:
-                grad_head_VE += grad_CV.T @ hidden_CE
+                grad_head_VE += logits_CV.T @ hidden_CE
+            del logits_CV, scaled_CV  # before the next chunk's are made
         ctx.grads = (grad_hidden_NE, None if grad_head_VE is None else grad_head_VE.to(head_VE.dtype))
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -73,7 +73,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # `grad_loss` is 1 in the loop, where normalisation happens once per step on the summed gradients.
-        scaled = [None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in ctx.grads]
+        grads, ctx.grads = ctx.grads, None  # given away, not kept: the head's is as large as the head
+        scaled = [None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in grads]
         return (*scaled, None, None, None)
 
 

@@ -50,6 +50,12 @@ def defaults(spec: JobSpec, base: Base) -> JobSpec:
         )
     if spec.scale.cpu_offload and spec.scale.sharding == "none":
         raise SpecError("`scale.cpu_offload` is on, but `scale.sharding` is none.", "Set `scale.sharding` to full.", "scale.cpu_offload")
+    if spec.scale.master == "bf16" and (spec.method.type != "full" or spec.scale.precision != "bf16"):
+        raise SpecError(
+            "`scale.master` is bf16, which is for full fine-tuning in bf16 alone: adapters are small, and always fp32.",
+            "Leave it at fp32.",
+            "scale.master",
+        )
     optim = spec.optim.model_copy(
         update={
             "batch_size": base.batch_size if spec.optim.batch_size == "auto" else spec.optim.batch_size,

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from service.runner import attempt_log
 from service.store import key_name
 from trainers.records import RunDir, SampleRecord, rank_log
+from trainers.spec import Lora
 
 JOBS = "/fine_tuning/jobs"
 
@@ -166,7 +167,7 @@ def test_hyperparameters_of_other_services_and_our_own_section(service: Service)
         client, hyperparameters={"lora_r": 4, "lora_alpha": 8}, extra_body={"job": {"optim": {"batch_size": 8}, "scale": {"workers": 2}}}
     )
     stored = service.store.job(job.organization_id, job.id)
-    assert stored and stored.spec["method"] == {"type": "lora", "r": 4, "alpha": 8.0, "targets": "all-linear", "rslora": False}
+    assert stored and stored.spec["method"] == Lora(r=4, alpha=8.0).model_dump()
     assert job.hyperparameters.batch_size == 8 and stored.spec["scale"]["workers"] == 2
 
 

@@ -114,3 +114,49 @@ def test_models_are_found_by_id_alias_and_nothing_else() -> None:
         catalogue.find("smolm2-135m-instruct")
     with pytest.raises(UnknownModel, match="On offer"):
         catalogue.find("zzz")
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"method": {"type": "qlora"}, "scale": {"sharding": "full"}}, "scale.sharding"),
+        ({"method": {"type": "full"}, "optim": {"type": "adamw8bit"}, "scale": {"sharding": "hybrid"}}, "optim.type"),
+        ({"scale": {"sharding": "none", "cpu_offload": True}}, "scale.cpu_offload"),
+        ({"scale": {"master": "bf16"}}, "scale.master"),
+        ({"method": {"type": "full"}, "scale": {"master": "bf16", "precision": "fp32"}}, "scale.master"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_with_its_key(sections: dict, key: str) -> None:
+    with pytest.raises(SpecError) as found:
+        resolve.defaults(JobSpec.parse({"data": DATA, **sections}), catalogue.find("smollm2-135m-instruct"))
+    assert found.value.param == key and found.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("method", "scale", "place", "base_bytes", "sharding"),
+    [
+        ("full", {}, Placement(workers=1), 0, "none"),
+        ("full", {}, Placement(workers=2), 0, "full"),
+        ("full", {"cpu_offload": True}, Placement(workers=1), 0, "full"),
+        ("lora", {}, Placement(workers=8), 15 * 2**30, "none"),
+        ("lora", {}, Placement(workers=8), 140 * 2**30, "full"),
+        ("qlora", {}, Placement(workers=8), 140 * 2**30, "none"),
+        ("lora", {"sharding": "hybrid"}, Placement(workers=8), 0, "hybrid"),
+    ],
+)
+def test_weights_are_shared_where_that_helps(method: str, scale: dict, place: Placement, base_bytes: int, sharding: str) -> None:
+    spec = resolve.defaults(
+        JobSpec.parse({"data": DATA, "method": {"type": method}, "scale": scale}), catalogue.find("smollm2-135m-instruct")
+    )
+    assert resolve.schedule(spec, 100, place, base_bytes).scale.sharding == sharding
+
+
+def test_a_key_inside_one_of_several_sections_is_named_as_the_user_wrote_it() -> None:
+    for value, key, told in (
+        ({"method": {"type": "qlora", "dora": True}}, "method.dora", "Did you mean"),
+        ({"method": {"type": "full", "r": 4}}, "method.r", "Known keys here: type"),
+        ({"scale": {"workers": {"maxx": 3}}}, "scale.workers.maxx", "Did you mean `max`?"),
+    ):
+        with pytest.raises(SpecError, match=told) as found:
+            JobSpec.parse({"data": DATA, **value})
+        assert found.value.param == key
