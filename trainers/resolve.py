@@ -13,20 +13,6 @@ RECOMPUTE_BEYOND = 4 * GIB
 """Bytes of a base from which a GPU recomputes its blocks."""
 
 
-def placement(spec: JobSpec, cpus: int) -> Placement:
-    """As many workers as asked for (`auto`: one, which uses every core by threads; bounds: as many as fit), sharing the cores.
-
-    Raises SpecError where there are fewer cores than workers: they would wait for each other for ever.
-    """
-    asked = spec.scale.workers
-    workers = 1 if asked == "auto" else asked if isinstance(asked, int) else min(asked.max, max(asked.min, cpus))
-    if workers > cpus:
-        raise SpecError(
-            f"`scale.workers` is {workers}, but there are {cpus} CPUs.", f"Set it to {cpus} or less, or to auto.", "scale.workers"
-        )
-    return Placement(workers=workers, threads_per_worker=cpus // workers)
-
-
 def defaults(spec: JobSpec, base: Base) -> JobSpec:
     """Fill in what depends on the base model alone. Raises SpecError where the base cannot do what the spec asks."""
     if spec.model.max_length > base.context:

@@ -100,13 +100,6 @@ def test_longer_than_the_context_is_refused() -> None:
         resolve.defaults(spec, catalogue.find("smollm2-135m-instruct"))
 
 
-def test_more_workers_than_cpus_are_refused() -> None:
-    spec = JobSpec.parse({"data": DATA, "scale": {"workers": 4}})
-    assert resolve.placement(spec, 8) == Placement(workers=4, threads_per_worker=2)
-    with pytest.raises(SpecError, match="there are 2 CPUs"):
-        resolve.placement(spec, 2)
-
-
 def test_models_are_found_by_id_alias_and_nothing_else() -> None:
     base = catalogue.find("smollm2-135m-instruct")
     assert catalogue.find(base.aliases[0]) is base
