@@ -9,6 +9,7 @@ Reading checks the manifest: a damaged checkpoint is passed over, with an event,
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -300,7 +301,9 @@ class Checkpointer:
         """The leader's thread, once all have written their parts."""
         record = self._patiently(save, lambda: self._write_manifest(save))
         self._proven = {save.name}
-        told = f", validation loss {record.valid_loss:.4f}" if record.valid_loss is not None else ""
+        told = ""
+        if record.valid_loss is not None:
+            told = f", validation loss {record.valid_loss:.4f} (perplexity {math.exp(min(record.valid_loss, 700)):.4g})"
         with suppress(OSError):  # the loop meets the same when it writes its metrics, and says so
             self._events.event(
                 f"Checkpoint at step {record.step}: training loss {record.train_loss:.4f}{told}.",

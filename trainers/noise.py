@@ -39,24 +39,28 @@ class Noise:
     def __init__(self) -> None:
         self.keys_T: Tensor | None = None
 
-    @torch.compiler.disable  # a compiled block would be compiled again for each layer's name
     def dropout(self, x_TF: Tensor, layer: Layer) -> Tensor:
         """`x_TF` with a share of its numbers zeroed and the rest scaled up to the same mean (Srivastava et al., 2014)."""
-        if self.keys_T is None:
-            return x_TF
-        kept_TF = (self._bits(layer.name, x_TF) & 0x7FFFFFFF) >= int(layer.dropout * 2**31)
-        return x_TF * (kept_TF.to(x_TF.dtype) * (1 / (1 - layer.dropout)))
+        return x_TF if self.keys_T is None else _dropped(x_TF, self.keys_T, layer)  # type: ignore[call-arg]
 
     def uniform(self, x_TF: Tensor, layer: str) -> Tensor:
         """Uniform in [-1, 1), of the shape and dtype of `x_TF`."""
-        return (self._bits(layer, x_TF).to(torch.float32) * 2.0**-31).to(x_TF.dtype)
-
-    def _bits(self, layer: str, x_TF: Tensor) -> Tensor:
         assert self.keys_T is not None
-        x = self.keys_T[:, None] ^ _feature_keys(layer, x_TF.shape[-1], str(x_TF.device))[None]
-        for shift, factor in ((16, -2048144789), (13, -1028477387)):  # 0x85EBCA6B, 0xC2B2AE35 as int32
-            x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
-        return x ^ ((x >> 16) & 0xFFFF)
+        return (_bits(x_TF, self.keys_T, layer).to(torch.float32) * 2.0**-31).to(x_TF.dtype)
+
+
+@torch.compiler.disable  # a compiled block would be compiled again for each layer's name
+def _dropped(x_TF: Tensor, keys_T: Tensor, layer: Layer) -> Tensor:
+    kept_TF = (_bits(x_TF, keys_T, layer.name) & 0x7FFFFFFF) >= int(layer.dropout * 2**31)
+    return x_TF * (kept_TF.to(x_TF.dtype) * (1 / (1 - layer.dropout)))
+
+
+def _bits(x_TF: Tensor, keys_T: Tensor, layer: str) -> Tensor:
+    """32 random bits for each number of `x_TF`, as int32."""
+    x = keys_T[:, None] ^ _feature_keys(layer, x_TF.shape[-1], str(x_TF.device))[None]
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):  # 0x85EBCA6B, 0xC2B2AE35 as int32
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 @lru_cache(maxsize=4096)

@@ -71,7 +71,7 @@ class World:
     def wait_for_leader(self) -> None:
         """A barrier before which the first worker may have hours of work (preparing data); collectives give up after minutes."""
         if self.size > 1:
-            dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+            dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))  # type: ignore[arg-type]
 
 
 def leave(code: int) -> None:

@@ -15,7 +15,7 @@ from tests.conftest import make_tiny
 from tests.numerics import runs
 from trainers.records import RunDir
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
+GOLDEN = Path(__file__).parent / "golden_losses.json"
 SPECS = {
     "full": runs.make_spec(method={"type": "full"}, optim={"learning_rate": 0.003}),
     "lora": runs.make_spec(),

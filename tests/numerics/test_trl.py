@@ -62,7 +62,7 @@ def trl(tiny: Path, store: TokenStore, order: Order, spec: Any, start: dict[str,
 
     class Trainer(SFTTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SequentialSampler(train_dataset or self.train_dataset)
+            return SequentialSampler(data)  # type: ignore[arg-type]
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             loss = super().training_step(*args, **kwargs)
