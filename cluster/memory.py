@@ -38,7 +38,7 @@ UPDATED_AT_ONCE = {"cuda": 2**26, "cpu": 2**16}
 """As in trainers/adam_bf16.py: elements."""
 COMPONENTS = ("weights", "masters", "adapters", "gradients", "optimizer", "gathered", "unreduced", "activations", "head", "fixed")
 """`gathered`: blocks and root made whole by FSDP2; `unreduced`: gradients before they are summed over the workers; `head`: logits, and the
-gradients that the loss leaves; `fixed`: what CUDA and NCCL take."""
+gradients that the loss makes; `fixed`: what CUDA and NCCL take."""
 USABLE = 0.95
 """Share of a GPU's memory that a plan may fill: the allocator loses some between the tensors."""
 GPUS_PER_NODE = 8
@@ -222,16 +222,13 @@ class _Plan:
         dora = isinstance(self.method, Lora) and self.method.dora
         return self.compute * sum(self.method.r + (2 * i if self.method.dropout else 0) + (o if dora else 0) for i, o in self.targets())
 
-    def head(self) -> tuple[int, int]:
-        """Bytes of the loss: (at its highest, what it leaves for the backward pass: the gradients of hidden states and head)."""
+    def head(self) -> int:
+        """Bytes of the loss at its highest: a chunk's logits, the gradients of hidden states and head, and what is added to the latter."""
         c, s = self.compute, self.shape
         weight = s.vocab * s.hidden if isinstance(self.method, Full) else 0
         rows = max(1, min(self.tokens, LOGIT_BYTES[self.device] // (4 * s.vocab)))
         chunk = rows * s.vocab * (c + 4)
-        two = 2 if self.tokens > rows else 1  # the chunk before is still there while the next one is made
-        left = c * (self.tokens * s.hidden + weight)
-        summed = 4 * weight
-        return c * self.tokens * s.hidden + summed + max(two * chunk, chunk + c * weight), left
+        return chunk + c * self.tokens * s.hidden + (4 + c) * weight
 
     def moments(self) -> dict[str, dict[str, int]]:
         """Each moment at which memory may be at its highest."""
@@ -247,6 +244,8 @@ class _Plan:
         trained, trained_root = (s.block, s.root) if full else (self.adapters(), 0)
         summed = 4 if self.sharded else 0  # FSDP2 copies a group's gradients into one fp32 buffer
         head_grad = c * s.vocab * s.hidden if full else 0
+        tied = head_grad if s.tied else 0  # autograd keeps it until the embedding's is there, to add it
+        alone = head_grad if self.sharded and not s.tied else 0  # FSDP2 keeps it until the whole root's are there
         largest = c * max(i * o for i, o in self.shape.linears.values()) if full else 0
         # The sums of a group, in fp32 and as they are kept, before they are added to those of earlier micro-batches.
         new = (4 + (2 if full and self.scale.master == "bf16" else 0)) / self.shards if self.sharded else 0
@@ -259,38 +258,39 @@ class _Plan:
         work_last, work = self.at_work(last_again), self.at_work(mode != "none")
         forward = c * (3 * s.intermediate + 2 * s.hidden) if last_again else self.saved()
         norm = (4 + (c if full else 0)) * s.hidden * t
-        loss, left = self.head()
 
-        def moment(gathered: float, activations: float, head: float, unreduced: float = 0, **more: float) -> dict[str, int]:
-            parts = stays | {"gathered": gathered, "head": head, "fixed": fixed}
-            parts |= {"unreduced": unreduced if self.sharded else 0, "activations": activations + (0 if self.sharded else unreduced)}
+        def moment(gathered: float, activations: float, head: float = 0, unreduced: float = 0, **more: float) -> dict[str, int]:
+            parts = stays | {"gathered": gathered, "activations": activations, "head": head, "unreduced": unreduced, "fixed": fixed}
             return {name: int(parts[name] + more.get(name, 0)) for name in COMPONENTS}
 
         again = 0 if mode == "full" else embedded  # the embeddings, which are a block's input where that is kept
         whole = root + (buffer + others + (others > 0)) * block  # after the forward pass
-        waiting = largest + (head_grad if self.sharded else 0)  # the head's gradient waits for the whole root's
+        two = root + (1 + max(buffer, others)) * block  # a block and the next, gathered early
+        waiting = alone + (largest if self.sharded else 0)  # one by one without FSDP2: at_work
+        sums = (c + summed) * trained if self.sharded else 0
+        early = min(kept - last, 2 * kept / s.layers)  # of `kept`, the first two blocks'; by then hybrid holds the sums of all others
 
         return {
-            "forward pass begins": moment((1 + buffer) * (root + block), embedded, left),
-            "last block gathered": moment(root + (1 + 2 * buffer + others) * block, kept - last + embedded, left),
-            "forward of the last block": moment(root + (1 + buffer + others) * block, kept - last + forward * t, left),
-            "loss": moment(whole, kept + norm + 2 * embedded + again, loss + left),
-            "backward of the last norm": moment(
-                whole, kept + max(24 * s.hidden * t, 0 if self.sharded else head_grad), left, head_grad if self.sharded else 0
+            "forward pass begins": moment((1 + buffer) * (root + block), embedded),
+            "last block gathered": moment(root + (1 + 2 * buffer + others) * block, kept - last + embedded),
+            "forward of the last block": moment(root + (1 + buffer + others) * block, kept - last + forward * t),
+            "loss": moment(whole, kept + norm + 2 * embedded + again, self.head()),
+            "backward of the last norm": moment(whole, kept + 24 * s.hidden * t, tied, alone),
+            "backward of the last block": moment(two, kept + work_last, tied, waiting),
+            "backward of a block": moment(two, kept - last + work, tied, waiting + summed * trained),
+            "backward of the second block": moment(
+                two, early + work, tied, waiting + summed * trained, gradients=new * copied * max(0, s.layers - 2) / s.layers
             ),
-            "backward of the last block": moment(root + (1 + max(buffer, others)) * block, kept + work_last, left, waiting),
-            "backward of a block": moment(root + (1 + max(buffer, others)) * block, kept - last + work, left, waiting + summed * trained),
-            "gradients of a block": moment(
-                root + max(buffer, others) * block,
-                kept - last + embedded,
-                left,
-                head_grad + (c + summed) * trained if self.sharded else waiting,
-                gradients=new * trained,
-            ),
+            "backward of a block's first norm": moment(two, kept - last + embedded + 24 * s.hidden * t, tied, alone + sums),
+            "gradients of a block": moment(two - block, kept - last + embedded, tied, alone + sums, gradients=new * trained),
             "gradients of the root": moment(
-                0, embedded, left, (c + summed) * trained_root if self.sharded else head_grad, gradients=new * (copied + trained_root)
+                0,
+                embedded + (0 if self.sharded else head_grad),
+                0 if self.sharded else tied,
+                (c + summed) * trained_root if self.sharded else 0,
+                gradients=new * (copied + trained_root),
             ),
-            "update": moment(0, 0, 0, optimizer=self.scratch()),
+            "update": moment(0, 0, optimizer=self.scratch()),
         }
 
     def at_work(self, again: bool) -> int:
@@ -298,7 +298,8 @@ class _Plan:
         c, s = self.compute, self.shape
         gradients = self.tokens * c * (2 * s.intermediate + s.hidden)
         matrix = max(i * o for i, o in s.linears.values())
-        if isinstance(self.method, QLora):  # one at a time, out of its four bits
+        if isinstance(self.method, QLora) or (isinstance(self.method, Full) and not self.sharded):
+            # One at a time: the weight out of its four bits, or its gradient.
             gradients = max(gradients, self.tokens * c * (s.intermediate + s.hidden) + c * matrix)
         if isinstance(self.method, Lora) and self.method.dora:  # the norms of its rows: in fp32, and squared
             gradients = max(gradients, 8 * matrix)

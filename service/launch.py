@@ -114,7 +114,7 @@ def _what_fits(model_dir: Path, run: RunDir, spec: JobSpec, place: Placement) ->
         return ""
     try:
         shape = memory.ModelShape.of(json.loads((model_dir / "config.json").read_bytes()))
-        return f"What would fit: {memory.suggest(shape, spec, machine.memory_bytes, place.workers)[0].rstrip('.')}."
+        return f"What would fit: {memory.suggest(shape, spec, machine.memory_bytes, place.workers, device=place.device)[0].rstrip('.')}."
     except SpecError:
         return ""
 

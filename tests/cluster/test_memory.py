@@ -148,7 +148,7 @@ def test_full_fine_tuning_at_eight_bytes_a_weight(size: str, gigabytes: float) -
 
 @pytest.mark.parametrize(
     ("size", "gigabytes", "low", "high"),
-    [("8B", 10, 0.9, 1.1), ("70B", 48, 0.9, 1.1), ("7B", 8, 0.75, 1.1), ("13B", 16, 0.6, 1.1), ("3B", 4, 0.9, 1.5), ("1B", 2, 0.9, 2.1)],
+    [("8B", 10, 0.85, 1), ("70B", 48, 0.95, 1.05), ("7B", 8, 0.75, 1), ("13B", 16, 0.6, 1), ("3B", 4, 1, 1.2), ("1B", 2, 1, 1.6)],
 )
 def test_qlora_on_one_gpu(size: str, gigabytes: float, low: float, high: float) -> None:
     """2,048 tokens at once. In the middle the table is rounded up to sizes of GPUs; at its small end it counts neither CUDA's own 0.8 GB
@@ -160,13 +160,12 @@ def test_qlora_on_one_gpu(size: str, gigabytes: float, low: float, high: float) 
 def test_torchtune_s_70b_on_eight_a100() -> None:
     """Allocated bytes, without CUDA's and NCCL's own; batches of about a thousand tokens. LoRA 27.6 GiB, full with CPU offload 13.9.
 
-    With offload ours is higher by up to 15%: gradients are summed in fp32 (torchtune: bf16), and what the loss leaves for the backward
-    pass stays until its end.
+    With offload ours is 5% higher: gradients are summed in fp32 (torchtune: bf16).
     """
     lora = of("70B", Lora(), tokens_per_microbatch=1024)
     full = of("70B", Full(), tokens_per_microbatch=512, cpu_offload=True)
-    assert (lora.total - lora.components["fixed"]) / GIB == pytest.approx(27.6, rel=0.05)
-    assert (full.total - full.components["fixed"]) / GIB == pytest.approx(13.9, rel=0.15)
+    assert (lora.total - lora.components["fixed"]) / GIB == pytest.approx(27.6, rel=0.02)
+    assert (full.total - full.components["fixed"]) / GIB == pytest.approx(13.9, rel=0.05)
 
 
 # -- what would fit --------------------------------------------------------------------------------------------------------

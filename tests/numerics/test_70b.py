@@ -30,9 +30,9 @@ TOLERANCE = {
     "optimizer": 0.01,
     "gathered": 0.01,
     "unreduced": 0.01,
-    "activations": 0.03,
+    "activations": 0.025,
     "head": 0.01,
-    "total": 0.02,
+    "total": 0.01,
 }
 """How far the formula may be from the simulation, of each component's own highest and of the whole's."""
 SMALL = 8 * 2**20
@@ -79,9 +79,12 @@ def test_a_step_allocates_what_is_computed(size: str, method: str, workers: int)
         ("8B", "lora", 8, 5, {"activation_checkpointing": "selective"}),
         ("8B", "full", 8, 4, {"reshard": False}),
         ("8B", "full", 16, 4, {"sharding": "hybrid"}),
+        ("8B", "full", 16, 8, {"sharding": "hybrid"}),
         ("8B", "dora", 8, 3, {}),
+        ("70B", "full", 8, 3, {"tokens": 512}),
         ("1B", "full", 8, 4, {}),  # a tied head
         ("1B", "full", 1, 4, {"sharding": "none"}),
+        ("8B", "full", 1, 3, {"sharding": "none", "tokens": 1024}),
         ("8B", "lora", 2, 3, {"sharding": "none", "activation_checkpointing": "none"}),
         ("8B", "qlora", 1, 3, {"sharding": "none"}),
     ],
