@@ -329,6 +329,7 @@ class Runner:
     def _finish(self, job: Job) -> None:
         outcome = self._outcome(job)
         assert outcome is not None  # the policy saw it; an outcome is never taken back
+        self._ingest(job)  # what was written since this step's look, and before the outcome, is told before the end
         if outcome.status == "failed":
             self._fail(job, outcome.error or {"code": "internal_error", "message": "The job failed.", "param": None})
             return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainers import shards
 from trainers.errors import ModelError
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 """Rows are read in pieces of about this size."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before the runs that a module shares
 def one_thread():
     """The same reduction order in every process, so that bit-identity is a fair demand."""
     before = torch.get_num_threads()

@@ -28,7 +28,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    torch.set_num_threads(1)
     assert runs.run_training(tiny, store, folder, runs.make_spec()).status == "finished"
     return folder
 

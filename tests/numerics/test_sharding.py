@@ -49,7 +49,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    torch.set_num_threads(1)
     for name, one in ONE.items():
         assert runs.run_training(tiny, store, folder / name, one).status == "finished"
     return folder

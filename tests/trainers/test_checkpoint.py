@@ -64,7 +64,7 @@ def test_a_run_saves_and_goes_on(tmp_path: Path, said: list[str]) -> None:
     got = blank(values(0))
     assert saver(tmp_path, 2).restore(got, said.append) == progress
     assert parts.same(got, values(4))
-    assert said == [] and events(tmp_path) == ["Checkpoint at step 4: training loss 1.0000, validation loss 2.0000."]
+    assert said == [] and events(tmp_path) == ["Checkpoint at step 4: training loss 1.0000, validation loss 2.0000 (perplexity 7.389)."]
     (folder,) = checkpoint.folders(RunDir(tmp_path))
     assert sorted(p.name for p in folder.iterdir()) == [
         "MANIFEST.json",

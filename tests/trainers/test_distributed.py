@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from tests.numerics import runs
 from trainers import manifest
@@ -28,7 +29,10 @@ def ray_here() -> Iterator[None]:
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # as a single Ray worker has: only then is bit-identity a fair demand
     yield
+    torch.set_num_threads(before)
     ray.shutdown()
 
 

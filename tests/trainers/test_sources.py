@@ -321,8 +321,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield "s3://bucket"
+        fsspec.filesystem("s3").mkdir("sources")  # moto's buckets are the process's, not the server's
+        yield "s3://sources"
     server.stop()
 
 
@@ -334,17 +334,17 @@ def test_s3(s3: str) -> None:
         "b.jsonl.gz": gzip.compress(jsonl(rows)),
         "c.parquet": as_parquet(rows, row_group_size=50),
     }.items():
-        system.pipe(f"bucket/data/{name}", data)
+        system.pipe(f"sources/data/{name}", data)
         source = Source(path=f"{s3}/data/{name}")
         assert inspect(source).sha256 == hashlib.sha256(data).hexdigest()
         assert [c["messages"] for c in everything(source, 1000)] == [as_messages(*pair)["messages"] for pair in Q_AND_A * 40]
     assert len(everything(Source(path=f"{s3}/data/*"), 1000)) == 3 * len(rows)
     (chunk, *_) = inspect(Source(path=f"{s3}/data/a.jsonl")).chunks
-    system.pipe("bucket/data/a.jsonl", jsonl(rows[1:]))
+    system.pipe("sources/data/a.jsonl", jsonl(rows[1:]))
     system.invalidate_cache()
     with pytest.raises(DataError, match="has changed"):
         list(read(chunk))
-    with pytest.raises(DataError, match="There is no file s3://bucket/data/none"):
+    with pytest.raises(DataError, match="There is no file s3://sources/data/none"):
         inspect(Source(path=f"{s3}/data/none"))
 
 
