@@ -242,9 +242,9 @@ def main() -> None:
         for method in args.methods:
             result[method] = measure(method, args, model_dir, Path(scratch))
             print(json.dumps({method: result[method]}, indent=2), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
