@@ -48,7 +48,6 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.train
 	@$(BIN)/python -m tests.benchmarks.data
 	@$(BIN)/python -m tests.benchmarks.curate
-	@$(BIN)/python -m tests.benchmarks.qlora
 
 chaos: $(READY)
 	@TUNEYARD_KILLS=50 $(BIN)/python -m pytest tests/chaos --timeout 3600
