@@ -318,7 +318,7 @@ def _forward(learner: Learner, examples: TokenStore, chosen: np.ndarray, step: i
     spec, world = learner.spec, learner.world
     packs = batching.plan(examples.lengths[chosen].tolist(), world.size, int(spec.scale.tokens_per_microbatch))[world.rank]
     noisy = step is not None and (spec.optim.neftune_alpha > 0 or getattr(spec.method, "dropout", 0) > 0)
-    loss = correct = weight = 0.0
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # read once: each look at a GPU's number waits for it
     with nullcontext() if step is not None else torch.no_grad():
         for pack in packs:
             rows = [examples.get(int(chosen[i])) for i in pack]
@@ -327,9 +327,8 @@ def _forward(learner: Learner, examples: TokenStore, chosen: np.ndarray, step: i
             batch_loss, batch_correct = learner.trainee(batch)
             if step is not None:
                 batch_loss.backward()
-            loss += batch_loss.item()
-            correct += batch_correct.item()
-            weight += batch.weight_N.sum().item()
+            sums += torch.stack([batch_loss.detach().double(), batch_correct.double(), batch.weight_N.sum().double()])
+    loss, correct, weight = sums.tolist()
     return loss, correct, weight
 
 
