@@ -203,6 +203,9 @@ class TransformersEngine:
     # -- the consumer's side (any event loop) ------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        for name in ("top_k", "logprobs", "prompt_logprobs", "grammar", "logit_bias", "frequency_penalty", "presence_penalty"):
+            if getattr(request, name) not in (None, 0.0, {}):
+                raise UserError(f"This engine does not do `{name}`.", "Leave it out.", name)
         room = self.context - len(request.prompt_ids)
         max_tokens = room if request.max_tokens is None else request.max_tokens
         if max_tokens > room or room < 1:
