@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainers.errors import SpecError
 
@@ -278,21 +278,51 @@ class Export(Part):
 class EvalTask(Part):
     path: str
     """Held-out conversations, in any format that training reads; the last assistant turn is the reference."""
-    metric: Literal["exact_match", "json_match"] = "exact_match"
-    """How an answer is scored: equal text (outer blanks aside), or equal JSON values."""
+    metric: Literal["exact_match", "json_match", "json_schema", "regex", "contains", "choice", "rouge", "bleu", "chrf"] = "exact_match"
+    """How an answer is scored: equal text (outer blanks aside), equal JSON values, JSON that meets `json_schema`, text in which `pattern` is
+    found, text that holds the reference, the likeliest of `choices` by log-likelihood, or likeness to the reference."""
     name: str | None = None
     """What the report calls this task; the path's last part by default."""
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
     """Longest answer."""
+    ignore_case: bool = False
+    """Of `exact_match`, `contains` and `regex`: capital and small letters are the same."""
+    json_schema: dict[str, Any] | None = None
+    """Of `json_schema`: what every answer must meet (JSON Schema, draft 2020-12; no references to other documents)."""
+    pattern: str | None = None
+    """Of `regex`: found in a right answer. With a group in it, what the group holds must also equal the reference."""
+    choices: Annotated[list[str], Field(min_length=2)] | str | None = None
+    """Of `choice`: the answers to choose from, or the column with each row's own list; the reference is one of them."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> EvalTask:
+        for metric, key in (("json_schema", "json_schema"), ("regex", "pattern"), ("choice", "choices")):
+            if (self.metric == metric) != (getattr(self, key) is not None):
+                raise ValueError(f"metric `{metric}` and the key `{key}` belong together")
+        return self
 
     @property
     def shown(self) -> str:
         return self.name or self.path.rsplit("/", 1)[-1]
 
 
+class Judge(Part):
+    """A model that rates answers (LLM as a judge)."""
+
+    url: str | None = None
+    """Base URL of any OpenAI-compatible endpoint, `https://host/v1`; by default the app of the base model itself. Its key is read from the
+    environment, TUNEYARD_JUDGE_KEY, and kept nowhere."""
+    model: str
+    """What that endpoint calls the model."""
+    cases: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Cases of each task that are judged, spread evenly over its file: a case takes six requests."""
+
+
 class Evaluate(Part):
     tasks: list[EvalTask] = []
     """Held-out tasks on which base and tuned model are compared, through the endpoint."""
+    judge: Judge | None = None
+    """Also let a model rate both models' answers."""
 
 
 class Deploy(Part):
@@ -364,7 +394,7 @@ class JobSpec(Part):
             }
         )
         tasks = [t.model_copy(update={"path": change(t.path), "name": t.shown}) for t in self.evaluate.tasks]
-        return self.model_copy(update={"data": data, "evaluate": Evaluate(tasks=tasks)})
+        return self.model_copy(update={"data": data, "evaluate": self.evaluate.model_copy(update={"tasks": tasks})})
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2)
