@@ -97,10 +97,10 @@ class Inspection:
     chunks: list[Chunk]
 
 
-def conversations(source: Source, slice_by: str | None = None) -> Iterator[Conversation]:
-    """Every conversation of a source, in order; raises RowError at the first bad row."""
+def conversations(source: Source, slice_by: str | None = None, keep: str | None = None) -> Iterator[Conversation]:
+    """Every conversation of a source, in order, with the column `keep` as "kept"; raises RowError at the first bad row."""
     for chunk in inspect(source).chunks:
-        for row in read(chunk, slice_by):
+        for row in read(chunk, slice_by, keep=keep):
             if isinstance(row, RowError):
                 raise row
             yield row
@@ -139,17 +139,20 @@ def first_rows(source: Source, slice_by: str | None = None, class_by: str | None
         yield from read(file, slice_by, class_by)
 
 
-def read(chunk: Chunk, slice_by: str | None = None, class_by: str | None = None) -> Iterator[Conversation | RowError]:
+def read(
+    chunk: Chunk, slice_by: str | None = None, class_by: str | None = None, keep: str | None = None
+) -> Iterator[Conversation | RowError]:
     """The rows of one chunk in order, each as a conversation, or as the RowError that says why it is none.
 
-    `slice_by` and `class_by` name columns whose values go along as "slice" and "class". Where a file is broken off, its error comes last.
+    `slice_by` and `class_by` name columns whose values go along as "slice" and "class"; `keep` one that goes along as it is, as "kept".
+    Where a file is broken off, its error comes last.
     """
     if stamp_of(chunk.path) != chunk.stamp:
         raise DataError(f"{chunk.name} has changed while it was being read.", "Run the job again when the file is whole.")
     format, columns, required, place = chunk.format, chunk.columns, REQUIRED[chunk.format], chunk.place
     number = chunk.line - 1
     try:
-        for number, row in _rows(chunk, slice_by, class_by):
+        for number, row in _rows(chunk, slice_by, class_by, keep):
             where = f"{place}{number}"
             if type(row) is not dict:
                 yield _error(where, row)  # type: ignore[arg-type]
@@ -168,6 +171,8 @@ def read(chunk: Chunk, slice_by: str | None = None, class_by: str | None = None)
                 yield _error(where, bad)
                 continue
             conversation["id"] = where
+            if keep:
+                conversation["kept"] = look_up(named, keep) if look_up(named, keep) is not None else look_up(row, keep)
             yield conversation
     except RowError as error:  # nothing after it can be read
         yield RowError(f"{place}{number + 1}", error.what, error.remedy, error.kind)
