@@ -182,7 +182,8 @@ class Store:
             command.upgrade(config, "head")
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
+    def session(self) -> Iterator[Session]:
+        """One transaction."""
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
             yield session
 
@@ -193,7 +194,7 @@ class Store:
         if not PROJECT_NAME.fullmatch(project):
             raise UserError(f"`{project}` cannot name a project.", "Use 1 to 32 lower-case letters, digits and hyphens.", "project")
         key = "ty-" + secrets.token_urlsafe(32)
-        with self._session() as session:
+        with self.session() as session:
             row = session.scalar(select(Project).where(Project.name == project))
             if row is None:
                 row = Project(id=new_id("proj_"), name=project, created_at=time.time())
@@ -203,19 +204,23 @@ class Store:
         return key
 
     def project_of(self, key: str) -> Project | None:
-        with self._session() as session:
+        with self.session() as session:
             return session.scalar(select(Project).join(Key, Key.project_id == Project.id).where(Key.sha256 == _sha256(key)))
+
+    def forget_key(self, key: str) -> None:
+        with self.session() as session:
+            session.execute(delete(Key).where(Key.sha256 == _sha256(key)))
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     def add_file(self, file: File) -> None:
         """Add a file; one of the same id is left as it is."""
-        with self._session() as session:
+        with self.session() as session:
             if session.scalar(select(File.seq).where(File.id == file.id)) is None:
                 session.add(file)
 
     def file(self, project_id: str, file_id: str) -> File | None:
-        with self._session() as session:
+        with self.session() as session:
             return session.scalar(_live_files().where(File.project_id == project_id, File.id == file_id))
 
     def files(self, project_id: str, *, purpose: str | None, after: str | None, limit: int, newest_first: bool) -> tuple[list[File], bool]:
@@ -223,11 +228,11 @@ class Store:
         query = _live_files().where(File.project_id == project_id)
         if purpose:
             query = query.where(File.purpose == purpose)
-        return self._page(File, query, after, limit, newest_first)
+        return self.page(File, query, after, limit, newest_first)
 
     def delete_file(self, project_id: str, file_id: str) -> None:
         """Forget a file; refused while a job needs it."""
-        with self._session() as session:
+        with self.session() as session:
             for job in session.scalars(select(Job).where(Job.project_id == project_id, Job.status.in_(ACTIVE))):
                 if file_id in json.dumps(job.spec):
                     raise UserError(f"File `{file_id}` is in use by job `{job.id}`.", "Wait for the job's end or cancel it.", "file_id")
@@ -237,7 +242,7 @@ class Store:
 
     def expired_files(self) -> list[File]:
         """Files whose time is over and that no job needs."""
-        with self._session() as session:
+        with self.session() as session:
             needed = " ".join(json.dumps(job.spec) for job in session.scalars(select(Job).where(Job.status.in_(ACTIVE))))
             return [f for f in session.scalars(select(File).where(File.expires_at <= time.time())) if f.id not in needed]
 
@@ -246,7 +251,7 @@ class Store:
     def add_job(self, job: Job, once: Once | None = None) -> Job:
         """Add a job. With `once`: a job that the same key made before, from the same body, is returned instead."""
         try:
-            with self._session() as session:
+            with self.session() as session:
                 session.add(job)
                 session.flush()
                 session.add(_own_event(job.id, f"Created fine-tuning job: {job.id}", "info"))
@@ -256,7 +261,7 @@ class Store:
         except IntegrityError:
             if once is None:
                 raise
-            with self._session() as session:
+            with self.session() as session:
                 first = session.get_one(Once, (once.project_id, once.key))
                 if first.body_sha256 != once.body_sha256:
                     raise UserError("This Idempotency-Key came with another body before.", "Use a new key for a new job.") from None
@@ -264,7 +269,7 @@ class Store:
         return job
 
     def job(self, project_id: str, job_id: str) -> Job | None:
-        with self._session() as session:
+        with self.session() as session:
             return session.scalar(select(Job).where(Job.project_id == project_id, Job.id == job_id))
 
     def jobs(
@@ -273,12 +278,12 @@ class Store:
         """(jobs, more follow), newest first, whose metadata holds all pairs of `metadata` (or which have none at all)."""
         query = select(Job).where(Job.project_id == project_id)
         if not metadata and not no_metadata:
-            return self._page(Job, query, after, limit, True)
+            return self.page(Job, query, after, limit, True)
         # Databases disagree on JSON paths with odd keys, and a project has thousands of jobs, not millions.
         found: list[Job] = []
         more = True
         while more and len(found) <= limit:
-            rows, more = self._page(Job, query, after, 1000, True)
+            rows, more = self.page(Job, query, after, 1000, True)
             after = rows[-1].id if rows else None
             for job in rows:
                 pairs = job.request.get("metadata")
@@ -287,31 +292,31 @@ class Store:
         return found[:limit], len(found) > limit
 
     def job_by_model(self, project_id: str, model_name: str) -> Job | None:
-        with self._session() as session:
+        with self.session() as session:
             query = select(Job).where(Job.project_id == project_id, Job.model_name == model_name, Job.model_deleted.is_(False))
             return session.scalar(query)
 
     def tuned(self, project_id: str | None = None) -> list[Job]:
         """Jobs whose model answers, of one project or of all."""
         query = select(Job).where(Job.status == "succeeded", Job.model_deleted.is_(False)).order_by(Job.seq)
-        with self._session() as session:
+        with self.session() as session:
             return list(session.scalars(query if project_id is None else query.where(Job.project_id == project_id)))
 
     def open_jobs(self) -> list[Job]:
         """Jobs of all projects that the runner must look at, oldest first."""
-        with self._session() as session:
+        with self.session() as session:
             return list(session.scalars(select(Job).where((Job.status.in_(ACTIVE)) | (Job.released.is_(False))).order_by(Job.seq)))
 
     def change(self, job_id: str, **values: Any) -> None:
         """Set columns other than the status."""
-        with self._session() as session:
+        with self.session() as session:
             session.execute(update(Job).where(Job.id == job_id).values(**values))
 
     def move(self, job_id: str, to: Status, message: str, level: str = "info", since: Status | None = None, **values: Any) -> bool:
         """Change a job's status, with an event, if its present one allows it (with `since`: if it is that one); False when it does not."""
         if to in FINAL:
             values.setdefault("finished_at", time.time())
-        with self._session() as session:
+        with self.session() as session:
             allowed = sources_of(to) if since is None else sources_of(to) & {since}
             query = update(Job).where(Job.id == job_id, Job.status.in_(allowed))
             moved = session.execute(query.values(status=to, reason=None, **values)).rowcount == 1  # type: ignore[attr-defined]
@@ -322,25 +327,25 @@ class Store:
     # -- events and checkpoints --------------------------------------------------------------------------------------
 
     def add_event(self, job_id: str, message: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        with self._session() as session:
+        with self.session() as session:
             session.add(_own_event(job_id, message, level, data))
 
     def known_segments(self, job_id: str) -> set[str]:
-        with self._session() as session:
+        with self.session() as session:
             return {s for s in session.scalars(select(JobEvent.segment).where(JobEvent.job_id == job_id).distinct()) if s}
 
     def add_segment(self, events: Sequence[JobEvent]) -> None:
         """Add a segment's events, all or none."""
-        with self._session() as session:
+        with self.session() as session:
             session.add_all(events)
 
     def events(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
         """(events, more follow), newest first."""
-        return self._page(JobEvent, select(JobEvent).where(JobEvent.job_id == job_id), after, limit, True)
+        return self.page(JobEvent, select(JobEvent).where(JobEvent.job_id == job_id), after, limit, True)
 
     def add_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add a checkpoint, or replace the record of one that a later attempt wrote again."""
-        with self._session() as session:
+        with self.session() as session:
             found = session.scalar(select(Checkpoint).where(Checkpoint.job_id == checkpoint.job_id, Checkpoint.step == checkpoint.step))
             if found is None:
                 session.add(checkpoint)
@@ -351,14 +356,14 @@ class Store:
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """All checkpoints of a job, newest first."""
-        with self._session() as session:
+        with self.session() as session:
             return list(session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step.desc())))
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
     def ask_for(self, app: str, every_s: float = 30.0) -> None:
         """Note that a chat request needs this app; a note that is younger than `every_s` stands, which spares a write per request."""
-        with self._session() as session:
+        with self.session() as session:
             row = session.get(Demand, app)
             if row is None:
                 session.add(Demand(app=app, asked_at=time.time()))
@@ -366,17 +371,17 @@ class Store:
                 row.asked_at = time.time()
 
     def demand(self, since: float = 0.0) -> list[Demand]:
-        with self._session() as session:
+        with self.session() as session:
             return list(session.scalars(select(Demand).where(Demand.asked_at >= since).order_by(Demand.app)))
 
     def app_status(self, app: str) -> tuple[str, str]:
         """(status, message) of an app as last seen; empty when nothing is known."""
-        with self._session() as session:
+        with self.session() as session:
             row = session.get(Demand, app)
             return (row.status, row.message) if row else ("", "")
 
     def note_app(self, app: str, status: str, message: str) -> None:
-        with self._session() as session:
+        with self.session() as session:
             row = session.get(Demand, app)
             if row is None:
                 session.add(Demand(app=app, status=status, message=message))
@@ -385,7 +390,7 @@ class Store:
 
     def forget_app(self, app: str) -> None:
         """Its model is gone: nobody can ask for it any more."""
-        with self._session() as session:
+        with self.session() as session:
             session.execute(delete(Demand).where(Demand.app == app))
 
     # -- the runner's lease ------------------------------------------------------------------------------------------
@@ -393,7 +398,7 @@ class Store:
     def hold_lease(self, owner: str, seconds: float) -> bool:
         """Take or renew the right to act; False while another owner holds it."""
         now = time.time()
-        with self._session() as session:
+        with self.session() as session:
             taken = session.execute(
                 update(RunnerLease)
                 .where(RunnerLease.name == "runner", (RunnerLease.owner == owner) | (RunnerLease.expires_at < now))
@@ -404,14 +409,15 @@ class Store:
             if session.get(RunnerLease, "runner") is not None:
                 return False
         try:
-            with self._session() as session:
+            with self.session() as session:
                 session.add(RunnerLease(name="runner", owner=owner, expires_at=now + seconds))
             return True
         except IntegrityError:
             return False
 
-    def _page(self, kind: type[R], query: Select[R], after: str | None, limit: int, newest_first: bool) -> tuple[list[R], bool]:
-        with self._session() as session:
+    def page(self, kind: type[R], query: Select[R], after: str | None, limit: int, newest_first: bool) -> tuple[list[R], bool]:
+        """(rows, more follow) of a list, after the row with id `after`."""
+        with self.session() as session:
             if after is not None:
                 cursor = session.scalar(select(kind.seq).where(kind.id == after))
                 if cursor is None:
