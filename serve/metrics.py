@@ -222,7 +222,7 @@ def own_code(entry_point: str) -> Scorer:
 
     def check(answer: str, reference: str) -> Scores:
         made = function(answer, reference)
-        found = made if isinstance(made, dict) else {label: made}
+        found: dict[Any, Any] = made if isinstance(made, dict) else {label: made}
         for key, value in found.items():
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"`{entry_point}` returned {value!r} as {key}.", "Return a finite number, a bool, or a dict of them.")

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("trainers", "serve", "cluster", "service")
 ALLOWED = {
     "trainers": {"trainers"},
-    "serve": {"serve", *(f"trainers.{m}" for m in ("spec", "records", "errors", "catalogue", "chat", "sources", "store", "loss", "model"))},
+    "serve": {
+        "serve",
+        *(f"trainers.{m}" for m in ("spec", "records", "errors", "catalogue", "chat", "sources", "store", "loss", "model")),
+        *(f"trainers.{m}" for m in ("refusals", "repetition")),  # what counts as one in data counts as one in an answer
+    },
     "cluster": {"cluster", *(f"trainers.{m}" for m in ("spec", "errors", "catalogue", "resolve"))},
     "service": {"service", "trainers", "serve", "cluster"},
 }

@@ -26,6 +26,7 @@ from trainers.chat import Message
 from trainers.errors import SpecError
 from trainers.personal import TAGS, mask
 from trainers.refusals import count_apologies, declines
+from trainers.repetition import LOOP_WORDS, WORD, repeats
 from trainers.sources import Conversation
 from trainers.spec import Curate
 
@@ -228,47 +229,14 @@ def _refusals(conversation: Conversation) -> Iterator[Hit]:
         yield "apologises again and again", f"{apologies:,} apologies: {_shown(answers[-1])}"[:_TEXT_CHARS]
 
 
-_GRAM = 6
-_LOOP_WORDS = 24
-_STUTTER = re.compile(r"([^\W\d_]{1,4}?)\1{24}")
-
-
 def _repetition(conversation: Conversation) -> Iterator[Hit]:
     for answer in _answers(conversation):
         for text in (answer["content"], answer.get("reasoning", "")):
             text = _MARKUP.sub(" ", text[-_LOOK_CHARS:])
-            if len(text) >= 2 * _LOOP_WORDS and (found := _repeats(text)):
+            if len(text) >= 2 * LOOP_WORDS and (found := repeats(text)):
                 kind, at = found
                 yield kind, _shown(text, at)
                 return
-
-
-def _repeats(text: str) -> tuple[str, int] | None:
-    """(kind, where) of a passage that stands at least four times in a row, or of a text more than half of which was said before.
-
-    Words are compared in runs of six. Numbers alone count for nothing: a table may well hold the same ones again and again.
-    """
-    words = [(match[0], match.start()) for match in _WORD.finditer(text.lower())]
-    for word, start in words:
-        if len(word) > 24 and (found := _STUTTER.search(word)):
-            return "the same syllable again and again", start + found.start()
-    grams = list(zip(*([word for word, _ in words[i:]] for i in range(_GRAM)), strict=False))
-    last: dict[tuple[str, ...], int] = {}
-    run = period = repeated = 0
-    for i, gram in enumerate(grams):
-        before = last.get(gram)
-        last[gram] = i
-        if before is None or not any(word.isalpha() for word in gram):
-            run = 0
-            continue
-        repeated += 1
-        run = run + 1 if i - before == period else 1
-        period = i - before
-        if run >= max(3 * period, _LOOP_WORDS):
-            return "the same passage again and again", words[i - run][1]
-    if len(grams) >= 2 * _LOOP_WORDS and repeated > len(grams) / 2:
-        return "more than half was said before", 0
-    return None
 
 
 # -- personal data -------------------------------------------------------------------------------------------------------
@@ -331,11 +299,6 @@ def _bytes(text: str) -> bytes:
     return (text if text.isascii() else unicodedata.normalize("NFC", text)).encode()
 
 
-# Scripts that put no blanks between words (Thai, Lao, Burmese, Khmer, kana, Han): each character counts as a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-
-
 def sketch(conversation: Conversation) -> NDArray[np.uint16]:
     """[128] MinHash values of the word 3-grams of everything but system messages and tools, which whole data sets share.
 
@@ -343,7 +306,7 @@ def sketch(conversation: Conversation) -> NDArray[np.uint16]:
     value are kept, which halves the memory and lets unequal values look equal once in 65,536.
     """
     text = "\n".join(_words_of(message) for message in conversation["messages"] if message["role"] != "system")
-    words = _WORD.findall(text.lower())
+    words = WORD.findall(text.lower())
     hasher = RMinHash(SKETCH_VALUES, _SKETCH_SEED)
     hasher.update(map(" ".join, zip(words, words[1:], words[2:], strict=False)) if len(words) > 2 else [" ".join(words) or text.strip()])
     return np.array(hasher.digest(), np.uint32).astype(SKETCH_DTYPE)

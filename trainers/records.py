@@ -265,6 +265,46 @@ class DeployRecord(Record):
     """Seconds from asking to the first answer."""
 
 
+Pair = tuple[float, float]
+"""An interval at 95%."""
+
+
+class Difference(BaseModel):
+    """Tuned against base on the same cases, in one number."""
+
+    difference: float
+    """Mean of tuned - base."""
+    low: float
+    high: float
+    p: float
+    """How often chance alone gives such a difference (exact McNemar for rates, else a permutation test)."""
+    better: int
+    """Cases on which tuned scored higher."""
+    worse: int
+
+
+class FaultCase(BaseModel):
+    """One answer with a fault."""
+
+    id: str
+    prompt: str
+    answer: str
+    detail: str
+
+
+class Fault(BaseModel):
+    """One kind of fault in answers: how often, and the tuned model's worst cases."""
+
+    kind: str
+    told: str
+    """What it is, in a sentence."""
+    base: int
+    tuned: int
+    p: float
+    """Two-sided: how often chance alone gives such a difference of counts (exact McNemar)."""
+    cases: list[FaultCase] = []
+
+
 class TaskResult(BaseModel):
     """One task: base against tuned on the same examples."""
 
@@ -277,16 +317,80 @@ class TaskResult(BaseModel):
     failed_requests: dict[str, int] = {}
     """Model (`base`, `tuned`) -> requests that got no answer after all tries; they count as wrong."""
     slices: dict[str, dict[str, Any]] = {}
-    """Slice -> {"examples", "base", "tuned"}."""
+    """Slice -> {"examples", "base", "tuned", "intervals": {model -> Pair}, "difference": Difference}; the last two of the deciding one."""
     samples: list[dict[str, str]] = []
     """A few prompts with reference, base and tuned answer."""
+    intervals: dict[str, dict[str, Pair]] = {}
+    """Model -> metric name -> interval of the mean."""
+    differences: dict[str, Difference] = {}
+    """Metric name -> tuned against base."""
+    faults: list[Fault] = []
+    warnings: list[str] = []
+    """Where slices differ by more than chance explains, and the like."""
+
+
+class LossResult(BaseModel):
+    """Negative log-likelihood of held-out answers, in nats per supervised token, asked of the served models."""
+
+    source: str
+    """Which answers: `validation split`, or the tasks' references."""
+    examples: int
+    tokens: dict[str, int]
+    """Model -> supervised tokens."""
+    base: float
+    tuned: float
+    intervals: dict[str, Pair]
+    difference: Pair | None = None
+    """Interval of tuned - base; None where the two count tokens differently."""
+    slices: dict[str, dict[str, float]] = {}
+    """Slice -> {"examples", "base", "tuned"}."""
+
+
+class JudgeResult(BaseModel):
+    """What a model that rates answers says."""
+
+    model: str
+    cases: int
+    """Cases that were judged."""
+    rubric: dict[str, dict[str, Any]] = {}
+    """Criterion -> {"examples", "base", "tuned" (means of 1-5), "intervals", "difference"}."""
+    wins: int = 0
+    """Pairs in which tuned was preferred in both orders."""
+    losses: int = 0
+    ties: int = 0
+    """Pairs with a tie, or whose two orders contradict each other."""
+    win_rate: float | None = None
+    """(wins + ties / 2) / pairs."""
+    win_rate_interval: Pair | None = None
+    disagreements: int = 0
+    """Pairs judged one way in one order and otherwise in the other; they are among the ties."""
+    first_preferred: float | None = None
+    """Share of the single verdicts with a winner that chose the answer shown first: 0.5 is no preference for a place."""
+    unsupported: Fault | None = None
+    """Answers that state what neither the request nor the reference supports."""
+    unparsable: int = 0
+    """Verdicts that could not be read after all tries; they are left out."""
+    failed_requests: int = 0
+
+
+class KeptRecord(Record):
+    """An answer to one request, kept so that a resumed evaluation asks only what is missing."""
+
+    key: str
+    """Hash of all that the answer depends on."""
+    value: Any
 
 
 class EvaluationRecord(Record):
-    """The evaluate stage is done (`evaluation.json`)."""
+    """The evaluate stage is done (`evaluation.json`). Every answer lies beside it, in `answers.jsonl`."""
 
     tasks: list[TaskResult]
     seconds: float
+    base: str = ""
+    tuned: str = ""
+    """What was compared."""
+    loss: LossResult | None = None
+    judge: JudgeResult | None = None
 
 
 class OutcomeRecord(Record):
@@ -383,6 +487,11 @@ class RunDir:
             for sample in map(SampleRecord.model_validate_json, lines):
                 found[sample.step, sample.example] = sample
         return [found[key] for key in sorted(found)]
+
+    def kept(self) -> dict[str, Any]:
+        """Every answer kept so far, by its request's key."""
+        records = (KeptRecord.model_validate_json(line) for _, lines in self._segments("answers", set()) for line in lines)
+        return {record.key: record.value for record in records}
 
     def _segments(self, kind: str, after: set[str]) -> Iterator[tuple[str, list[str]]]:
         for path in sorted(self.path(kind).glob("*.jsonl")):
