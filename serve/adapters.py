@@ -2,7 +2,8 @@
 
 All adapters of a batch are stacked along the rank: with A = [A1; A2; ...] and B = [B1 B2 ...], one pair of matmuls computes
 every adapter for every token, and a 0/1 mask between the two keeps to each token its own adapter's ranks. So the cost grows
-with the summed rank, not with the number of adapters, and a batch of bare-base tokens pays nothing.
+with the summed rank, not with the number of adapters, and a batch of bare-base tokens pays nothing. A stacked adapter's weights are
+views of the stack: nothing is in memory twice.
 
 Shape legend: T tokens, I in features, O out features, R summed rank of the batch's adapters, r rank of one adapter.
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -36,10 +37,14 @@ class Adapter:
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
     num_users: int = 0
     """Running requests; while it is above zero the adapter stays."""
+    is_gone: bool = False
+    """Evicted: only running requests may still use it."""
+    num_bytes: int = field(init=False)
+    serial: int = field(init=False, default_factory=count(1).__next__)
+    """Tells this load from any other, also of the same path."""
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.nbytes for pair in self.weights.values() for t in pair)
+    def __post_init__(self) -> None:
+        self.num_bytes = sum(t.nbytes for pair in self.weights.values() for t in pair)
 
 
 def load_adapter(path: str, shapes: dict[str, tuple[int, int]], dtype: torch.dtype) -> Adapter:
@@ -91,6 +96,7 @@ class AdapterRegistry:
     def __init__(self, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, max_bytes: int) -> None:
         self.shapes, self.dtype, self.max_bytes = shapes, dtype, max_bytes
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
+        self._leaving: set[Adapter] = set()  # evicted, but still in use
         self._lock = threading.Lock()
         self._loading = threading.Lock()  # apart, so that a slow read never keeps the scheduler from releasing
 
@@ -99,10 +105,10 @@ class AdapterRegistry:
 
         Raises ModelError if it cannot be used, Unavailable if running requests hold all of the memory.
         """
-        if adapter := self._hold(path):
+        if adapter := self.hold(path):
             return adapter
         with self._loading:
-            if adapter := self._hold(path):  # another request has just loaded it
+            if adapter := self.hold(path):  # another request has just loaded it
                 return adapter
             adapter = load_adapter(path, self.shapes, self.dtype)
             with self._lock:
@@ -114,13 +120,28 @@ class AdapterRegistry:
     def release(self, adapter: Adapter) -> None:
         with self._lock:
             adapter.num_users -= 1
+            if adapter.num_users == 0:
+                self._leaving.discard(adapter)
+
+    def evict(self, path: str) -> None:
+        """Forget an adapter; requests that run with it go on, and hold its memory until they end."""
+        with self._loading, self._lock:  # what is being loaded is evicted, too
+            if adapter := self._loaded.pop(path, None):
+                self._part_with(adapter)
 
     def loaded(self) -> list[str]:
-        """Paths in memory, least recently used first."""
+        """Paths that new requests find in memory, least recently used first."""
         with self._lock:
             return list(self._loaded)
 
-    def _hold(self, path: str) -> Adapter | None:
+    @property
+    def num_bytes(self) -> int:
+        """Of all adapters in memory."""
+        with self._lock:
+            return self._num_bytes()
+
+    def hold(self, path: str) -> Adapter | None:
+        """The adapter of this folder, held until `release`, if it is in memory."""
         with self._lock:
             if adapter := self._loaded.get(path):
                 self._loaded.move_to_end(path)
@@ -129,7 +150,7 @@ class AdapterRegistry:
 
     def _make_room(self, num_bytes: int) -> None:
         idle = [a for a in self._loaded.values() if a.num_users == 0]
-        free = self.max_bytes - sum(a.num_bytes for a in self._loaded.values())
+        free = self.max_bytes - self._num_bytes()
         if num_bytes > free + sum(a.num_bytes for a in idle):
             raise Unavailable(
                 f"The adapter needs {num_bytes:,} bytes; running requests hold the rest of the {self.max_bytes:,} for adapters.",
@@ -138,8 +159,16 @@ class AdapterRegistry:
         for adapter in idle:
             if num_bytes <= free:
                 break
-            del self._loaded[adapter.path]
+            self._part_with(self._loaded.pop(adapter.path))
             free += adapter.num_bytes
+
+    def _num_bytes(self) -> int:
+        return sum(a.num_bytes for a in (*self._loaded.values(), *self._leaving))
+
+    def _part_with(self, adapter: Adapter) -> None:
+        adapter.is_gone = True
+        if adapter.num_users:
+            self._leaving.add(adapter)
 
 
 @dataclass
@@ -154,31 +183,55 @@ class Mix:
 
     def choose(self, adapters_T: list[Adapter | None]) -> None:
         """Set the batch: one adapter (or none) for each token."""
-        present = {a for a in adapters_T if a is not None}
+        present = dict.fromkeys(a for a in adapters_T if a is not None)
         if not present:
             self.mask_TR = None
             return
-        if not present <= set(self.adapters):  # a stack with more than is needed is kept: stacking costs more than a few idle ranks
-            self.adapters = tuple(present)
-            self.stacked = dict(stack(self.adapters))
+        if not present.keys() <= set(self.adapters) or any(a.is_gone and a not in present for a in self.adapters):
+            # Stacking takes longer than a few idle ranks do: who was here stays a while, as far as it does not double the work.
+            room, idle = sum(a.rank for a in present), list[Adapter]()
+            for adapter in self.adapters:
+                if adapter not in present and not adapter.is_gone and adapter.rank <= room:
+                    idle.append(adapter)
+                    room -= adapter.rank
+            self._stack((*present, *idle))
         dtype = next(iter(self.stacked.values()))[0].dtype
         place = {a: i for i, a in enumerate(self.adapters)}
         owner_R = torch.tensor([i for a, i in place.items() for _ in range(a.rank)])
         owner_T = torch.tensor([place[a] if a is not None else -1 for a in adapters_T])
         self.mask_TR = (owner_T[:, None] == owner_R[None, :]).to(dtype)
 
-    def clear(self) -> None:
-        """Let go of every adapter, so that evicted ones free their memory."""
-        self.adapters, self.mask_TR, self.stacked = (), None, {}
+    def let_go(self) -> None:
+        """Nothing runs: free the memory of evicted adapters."""
+        self.mask_TR = None
+        if any(a.is_gone for a in self.adapters):
+            self._stack(tuple(a for a in self.adapters if not a.is_gone))
 
-
-def stack(adapters: tuple[Adapter, ...]) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Concatenate the adapters' weights along the rank, with zeros where an adapter leaves a module alone."""
-    for name in dict.fromkeys(name for a in adapters for name in a.weights):
-        like_a, like_b = next(a.weights[name] for a in adapters if name in a.weights)
-        none = {a: (like_a.new_zeros(a.rank, like_a.shape[1]), like_b.new_zeros(a.rank, like_b.shape[1])) for a in adapters}
-        pairs = [a.weights.get(name, none[a]) for a in adapters]
-        yield name, (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
+    def _stack(self, adapters: tuple[Adapter, ...]) -> None:
+        """Concatenate the adapters' weights along the rank, with zeros where an adapter leaves a module alone."""
+        left, self.adapters = [a for a in self.adapters if a not in adapters and (a.num_users or not a.is_gone)], adapters
+        names = dict.fromkeys(name for a in adapters for name in a.weights)
+        for name in {**names, **self.stacked}:
+            for adapter in left:  # it takes its weights along, so that the old stack is free
+                if pair := adapter.weights.get(name):
+                    adapter.weights[name] = (pair[0].clone(), pair[1].clone())
+            self.stacked.pop(name, None)
+            if name not in names:
+                continue
+            like_a, like_b = next(a.weights[name] for a in adapters if name in a.weights)
+            parts_a, parts_b = [], []
+            for adapter in adapters:
+                a, b = adapter.weights.get(name) or (None, None)
+                parts_a.append(like_a.new_zeros(adapter.rank, like_a.shape[1]) if a is None else a)
+                parts_b.append(like_b.new_zeros(adapter.rank, like_b.shape[1]) if b is None else b)
+            stacked_a, stacked_b = torch.cat(parts_a), torch.cat(parts_b)
+            self.stacked[name] = (stacked_a, stacked_b)
+            first = 0
+            for adapter in adapters:
+                if name in adapter.weights:
+                    here = slice(first, first + adapter.rank)
+                    adapter.weights[name] = (stacked_a[here], stacked_b[here])
+                first += adapter.rank
 
 
 class MixedLinear(nn.Module):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
+from trainers.chat import Chat
+
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for bytes that are not (yet) a character
+SPACE_MARK = "\u2581".encode()
 
 
 class AnswerText:
@@ -51,3 +55,10 @@ class AnswerText:
             keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
         return text
+
+
+def pieces(chat: Chat) -> list[bytes]:
+    """What each token adds to a text, as bytes: nothing for control tokens, and a space where a vocabulary writes its mark for one."""
+    control = set(chat.control.values())
+    marked = (json.loads(chat.tokenizer_json).get("decoder") or {}).get("type") != "ByteLevel"
+    return [b"" if id in control else said.replace(SPACE_MARK, b" ") if marked else said for id, said in enumerate(chat.token_bytes.table)]

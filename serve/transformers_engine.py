@@ -3,16 +3,13 @@
 Every step packs one token of each decoding row and a piece of the waiting prompts into a single row of tokens, without
 padding; only attention looks at the sequences apart. Requests join and leave between steps, whatever adapter they use.
 
-Shape legend: T tokens of a step, N decoding rows, S slots, L layers, H heads, K key/value heads, G = H / K, C capacity of a
-slot in tokens, W width (the longest decoding row), D head size, V vocabulary.
+Shape legend: T tokens of a step, N rows, E embedding size, V vocabulary, W width (the longest decoding row).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import mmap
 import os
 import threading
 from collections import deque
@@ -22,136 +19,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from serve.adapters import Adapter, AdapterRegistry, make_adaptable
-from serve.engine import GenerateRequest, TokenEvent
-from serve.text import AnswerText
+from serve.engine import GenerateRequest, PromptEvent, TokenEvent
+from serve.grammar import Follower, Grammars
+from serve.prefixes import SHORTEST, Prefix, PrefixStore, shared
+from serve.sampling import NOTHING, Choice, Scores, choose, score
+from serve.slots import ATTENTION, Segment, SlotCache, Step, causal_mask
+from serve.text import AnswerText, pieces
 from trainers import model as base_model
 from trainers.chat import Chat
 from trainers.errors import TuneyardError, Unavailable, UserError
 
 log = logging.getLogger(__name__)
 
-ATTENTION = "tuneyard_slots"
 MAX_ROWS = 64
 """Sequences generated at a time; further ones wait."""
+MAX_OPEN = 1024
+"""Sequences running and waiting; further ones are refused."""
 PREFILL_TOKENS = 512
 """Prompt tokens per step: more would make running streams stutter."""
+SCORED_LOGITS = 16_000_000
+"""Logits of prompt tokens that are in memory at a time."""
 STOPPED = Unavailable("The engine was stopped.", "Ask again shortly.")
 
-
-class SlotCache:
-    """Keys and values of the running rows: a slot for each row, all of one capacity, grown by doubling."""
-
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._shape = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
-        self._dtype = dtype
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all rows and give back their memory."""
-        self.num_slots, self.capacity = 8, 256
-        self.keys_LSKCD, self.values_LSKCD = self._zeros(), self._zeros()
-
-    def reserve(self, num_slots: int, capacity: int, used_slots: int, used_length: int) -> None:
-        """Make room for this many slots of this many tokens; the first `used_length` tokens of the first `used_slots` slots stay."""
-        if num_slots <= self.num_slots and capacity <= self.capacity:
-            return
-        self.num_slots, self.capacity = doubled(self.num_slots, num_slots), doubled(self.capacity, capacity)
-        for name in ("keys_LSKCD", "values_LSKCD"):
-            grown, used = self._zeros(), (slice(None), slice(used_slots), slice(None), slice(used_length))
-            grown[used] = getattr(self, name)[used]
-            setattr(self, name, grown)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot into another."""
-        for cache in (self.keys_LSKCD, self.values_LSKCD):
-            cache[:, target, :, :length] = cache[:, source, :, :length]
-
-    def _zeros(self) -> torch.Tensor:
-        # Zeros, because attention reads (and masks) what lies behind a row's end, and 0 * NaN is NaN. Small pages straight from
-        # the system cost no memory until they are written: a slot may be far wider than its row.
-        num_layers, num_heads, head_dim = self._shape
-        shape = (num_layers, self.num_slots, num_heads, self.capacity, head_dim)
-        pages = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-        return torch.frombuffer(pages, dtype=self._dtype).view(shape)
-
-
-def doubled(now: int, needed: int) -> int:
-    return now if needed <= now else max(2 * now, needed)
-
-
-@dataclass
-class Segment:
-    """Tokens of one row in a step that attend by themselves: a piece of a prompt, or a row too long for the common batch."""
-
-    slot: int
-    start: int
-    """Tokens of the row that are in the cache already."""
-    first: int
-    """Where the segment's tokens begin in the step."""
-    length: int
-    mask: torch.Tensor | None = None
-    """Needed when there is both a past and more than one token: length x (start + length), True = visible."""
-
-
-@dataclass
-class Step:
-    """What attention must know: tokens 0..N-1 are one new token each of slots 0..N-1, the rest are segments."""
-
-    cache: SlotCache
-    position_N: torch.Tensor
-    mask_N11W: torch.Tensor
-    """Added to the scores: 0 inside a row, -inf behind its end."""
-    segments: list[Segment]
-    slot_N: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.slot_N = torch.arange(len(self.position_N))
-
-
-def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, *, scaling: float, step: Step, **_: Any
-) -> tuple[torch.Tensor, None]:
-    """Store the step's keys and values (1 x K x T x D) and attend for query (1 x H x T x D) -> 1 x T x H x D."""
-    keys_SKCD, values_SKCD = step.cache.keys_LSKCD[module.layer_idx], step.cache.values_LSKCD[module.layer_idx]
-    q_THD, k_KTD, v_KTD = query[0].transpose(0, 1), key[0], value[0]
-    num_tokens, num_heads, head_dim = q_THD.shape
-    num_kv = k_KTD.shape[0]
-    out_THD = query.new_empty(num_tokens, num_heads, head_dim)
-    n, width = len(step.slot_N), step.mask_N11W.shape[-1]
-    if n:
-        keys_SKCD[step.slot_N, :, step.position_N] = k_KTD[:, :n].transpose(0, 1)
-        values_SKCD[step.slot_N, :, step.position_N] = v_KTD[:, :n].transpose(0, 1)
-        # The G heads that share a key/value head go in as G queries of it: no copy of the cache is made.
-        q_NKGD = q_THD[:n].reshape(n, num_kv, -1, head_dim)
-        o_NKGD = scaled_dot_product_attention(
-            q_NKGD, keys_SKCD[:n, :, :width], values_SKCD[:n, :, :width], attn_mask=step.mask_N11W, scale=scaling
-        )
-        out_THD[:n] = o_NKGD.reshape(n, num_heads, head_dim)
-    for s in step.segments:
-        here, end = slice(s.first, s.first + s.length), s.start + s.length
-        keys_SKCD[s.slot, :, s.start : end] = k_KTD[:, here]
-        values_SKCD[s.slot, :, s.start : end] = v_KTD[:, here]
-        o_1HTD = scaled_dot_product_attention(
-            query[:, :, here],
-            keys_SKCD[None, s.slot, :, :end],
-            values_SKCD[None, s.slot, :, :end],
-            attn_mask=s.mask,
-            is_causal=s.mask is None and s.length > 1,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        out_THD[here] = o_1HTD[0].transpose(0, 1)
-    return out_THD[None], None
-
-
-AttentionInterface.register(ATTENTION, attend)  # no mask function goes with it: the step carries its own masks
+Event = TokenEvent | PromptEvent
 
 
 @dataclass(eq=False)
@@ -160,41 +54,72 @@ class Row:
 
     request: GenerateRequest
     max_tokens: int
+    stop_ids: frozenset[int]
     text: AnswerText
+    choice: Choice
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent | Exception]
-    generator: torch.Generator | None
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    follower: Follower | None = None
     adapter: Adapter | None = None
+    ids_T: np.ndarray = field(init=False)
+    """int32: the prompt, then the answer; valid up to num_ids."""
+    num_ids: int = field(init=False)
     length: int = 0
     """Tokens in the cache."""
-    num_generated: int = 0
-    last_id: int = -1
+    prompt_scores: list[Scores] = field(default_factory=lambda: [NOTHING])
     cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        prompt = self.request.prompt_ids
+        self.num_ids = len(prompt)
+        self.ids_T = np.empty(len(prompt) + self.max_tokens, np.int32)  # the system gives memory only to what is written
+        self.ids_T[: len(prompt)] = prompt
 
     @property
     def num_unread(self) -> int:
         """Prompt tokens that are not in the cache yet."""
         return max(0, len(self.request.prompt_ids) - self.length)
 
+    @property
+    def cached_T(self) -> np.ndarray:
+        """The ids whose keys and values are in the cache."""
+        return self.ids_T[: self.length]
+
+    @property
+    def reader(self) -> int | None:
+        """Which weights read it: adapters read otherwise than the base."""
+        return self.adapter.serial if self.adapter else None
+
 
 class TransformersEngine:
     """Implements serve.engine.Engine. Its scheduler thread owns the model, the cache and all rows."""
 
     def __init__(
-        self, model_dir: Path, dtype: torch.dtype = torch.bfloat16, max_adapter_bytes: int = 1 << 30, num_threads: int | None = None
+        self,
+        model_dir: Path,
+        dtype: torch.dtype = torch.bfloat16,
+        max_adapter_bytes: int = 1 << 30,
+        max_prefix_bytes: int = 256 << 20,
+        num_threads: int | None = None,
     ) -> None:
         self._model = base_model.load(model_dir, dtype, attn=ATTENTION)
         self._chat = Chat.load(model_dir)
+        self._pieces = pieces(self._chat)
         self._mix, shapes = make_adaptable(self._model)
         self._cache = SlotCache(self._model.config, dtype)
+        self._prefixes = PrefixStore(max_prefix_bytes)
         self._dtype = dtype
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
         self.context: int = self._model.config.max_position_embeddings
+        self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
         self.adapters = AdapterRegistry(shapes, dtype, max_adapter_bytes)
+        self._grammars = Grammars(self._chat, self.vocab_size)
         self._loader = ThreadPoolExecutor(1, "adapter-loader")
+        self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
         self._decoding: list[Row] = []  # the row at index i has slot i
         self._prefilling: list[Row] = []  # their slots follow; between steps at most one, with a part of its prompt in the cache
         self._waiting: deque[Row] = deque()
+        self._num_open = 0
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -202,30 +127,20 @@ class TransformersEngine:
 
     # -- the consumer's side (any event loop) ------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
-        for name in ("top_k", "logprobs", "prompt_logprobs", "grammar", "logit_bias", "frequency_penalty", "presence_penalty"):
-            if getattr(request, name) not in (None, 0.0, {}):
-                raise UserError(f"This engine does not do `{name}`.", "Leave it out.", name)
-        room = self.context - len(request.prompt_ids)
-        max_tokens = room if request.max_tokens is None else request.max_tokens
-        if max_tokens > room or room < 1:
-            raise UserError(
-                f"The prompt has {len(request.prompt_ids)} tokens and the answer may have {max(max_tokens, 1)}: "
-                f"more than this model's context of {self.context} tokens.",
-                "Shorten the messages or lower max_tokens.",
-                "messages" if room < 1 else "max_tokens",
-            )
-        row = Row(
-            request=request,
-            max_tokens=max_tokens,
-            text=AnswerText(self._chat.decode, request.stop),
-            loop=asyncio.get_running_loop(),
-            events=asyncio.Queue(),
-            generator=make_generator(request),
-        )
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        row = self._row(request)
+        with self._wake:
+            if self._closed:
+                raise STOPPED
+            if self._num_open >= MAX_OPEN:
+                raise Unavailable(f"{self._num_open} requests run or wait at this model, which is all that it holds.", "Ask again shortly.")
+            self._num_open += 1
         try:
-            if request.adapter:
-                self._loader.submit(self._load_adapter, row, request.adapter)
+            if request.grammar:
+                row.follower = await asyncio.wrap_future(self._in(self._compiler, self._grammars.follow, request.grammar))
+            row.adapter = self.adapters.hold(request.adapter) if request.adapter else None
+            if request.adapter and not row.adapter:
+                self._in(self._loader, self._load_adapter, row, request.adapter)
             else:
                 self._enqueue(row)
             finished = False
@@ -233,10 +148,78 @@ class TransformersEngine:
                 event = await row.events.get()
                 if isinstance(event, Exception):
                     raise event
-                finished = event.finish_reason is not None
+                finished = row.max_tokens == 0 if isinstance(event, PromptEvent) else event.finish_reason is not None
                 yield event
         finally:
             row.cancelled = True  # the scheduler, which owns the row, lets go of it at its next step
+            with self._wake:
+                self._num_open -= 1
+
+    def piece(self, id: int) -> bytes:
+        return self._pieces[id] if 0 <= id < len(self._pieces) else b""
+
+    def evict(self, adapter: str) -> None:
+        self.adapters.evict(adapter)
+        with self._wake:
+            self._wake.notify()  # an idle scheduler lets go of its weights
+
+    def stats(self) -> dict[str, Any]:
+        with self._wake:
+            waiting = len(self._waiting)
+        return {
+            "waiting": waiting,
+            "running": self.num_running,
+            "adapters": len(self.adapters.loaded()),
+            "adapter_bytes": self.adapters.num_bytes,
+            "cache_bytes": self._cache.num_bytes + self._prefixes.num_bytes,
+        }
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+        self._loader.shutdown()
+        self._compiler.shutdown()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._decoding) + len(self._prefilling)
+
+    def _row(self, request: GenerateRequest) -> Row:
+        """Raises UserError for what this model cannot be asked."""
+        num_prompt, vocab_size = len(request.prompt_ids), self.vocab_size
+        room = self.context - num_prompt
+        max_tokens = room if request.max_tokens is None else request.max_tokens
+        scores_only = max_tokens == 0 and request.prompt_logprobs is not None
+        if num_prompt == 0:
+            raise UserError("The prompt has no tokens.", "Give at least one.", "prompt")
+        if max_tokens > room or room < (0 if scores_only else 1):
+            raise UserError(
+                f"The prompt has {num_prompt} tokens and the answer may have {max(max_tokens, 1)}: "
+                f"more than this model's context of {self.context} tokens.",
+                "Shorten the messages or lower max_tokens.",
+                "messages" if room < 1 else "max_tokens",
+            )
+        if max_tokens < 1 and not scores_only:
+            raise UserError(f"max_tokens is {max_tokens}: nothing to generate.", "Ask for at least 1 token.", "max_tokens")
+        for name, ids in (("prompt", request.prompt_ids), ("logit_bias", request.logit_bias)):
+            if unknown := next((id for id in ids if not 0 <= id < vocab_size), None):
+                raise UserError(f"{unknown} is no token id of this model.", f"Ids go from 0 to {vocab_size - 1}.", name)
+        return Row(
+            request=request,
+            max_tokens=max_tokens,
+            stop_ids=self._chat.stop_ids if request.stop_ids is None else request.stop_ids,
+            text=AnswerText(self._chat.decode, request.stop),
+            choice=Choice(request, vocab_size),
+            loop=asyncio.get_running_loop(),
+        )
+
+    def _in(self, executor: ThreadPoolExecutor, work: Any, *args: Any) -> Any:
+        try:
+            return executor.submit(work, *args)
+        except RuntimeError:  # it was shut down
+            raise STOPPED from None
 
     def _load_adapter(self, row: Row, path: str) -> None:
         try:
@@ -254,17 +237,6 @@ class TransformersEngine:
         self._let_go(row)
         self._deliver([(row, STOPPED)])
 
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join()
-        self._loader.shutdown()
-
-    @property
-    def num_running(self) -> int:
-        return len(self._decoding) + len(self._prefilling)
-
     # -- the scheduler's side (its own thread) -----------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -272,65 +244,98 @@ class TransformersEngine:
         torch.set_num_threads(self._num_threads)  # Ray sets one thread for actors that reserve no CPU
         while True:
             with self._wake:
-                if not (self._waiting or self._decoding or self._prefilling):
-                    self._cache.reset()
-                    self._mix.clear()
                 while not (self._closed or self._waiting or self._decoding or self._prefilling):
+                    self._cache.reset()
+                    self._mix.let_go()
                     self._wake.wait()
                 if self._closed:
                     return self._abandon(STOPPED)
             try:
                 self._drop_cancelled()
+                self._admit()
                 self._step()
             except Exception as error:  # whatever it is, the next requests deserve an engine
                 log.exception("a decoding step failed")
                 self._abandon(as_shown(error))
 
+    def _admit(self) -> None:
+        """Give slots to waiting requests, oldest first, each with what is known of its beginning."""
+        with self._wake:
+            waiting = list(self._waiting)
+        admitted: set[Row] = set()
+        for row in waiting:
+            if self.num_running >= MAX_ROWS or sum(r.num_unread for r in self._prefilling) >= PREFILL_TOKENS:
+                break
+            source, known = self._known(row)
+            if any(self._in_common(other.ids_T[: other.num_ids], other, row) >= known + SHORTEST for other in self._prefilling):
+                continue  # its beginning is about to be read for another one: it waits for that
+            slot, lengths = self.num_running, [r.length for r in (*self._decoding, *self._prefilling)]
+            self._cache.reserve(slot + 1, known, slot, max(lengths, default=0))
+            if isinstance(source, Prefix):
+                self._cache.copy_in(slot, source.keys_LKTD[:, :, :known], source.values_LKTD[:, :, :known])
+            elif source is not None:
+                self._cache.move(source, slot, known)
+            row.length = known
+            self._prefilling.append(row)
+            admitted.add(row)
+        if admitted:
+            with self._wake:
+                self._waiting = deque(r for r in self._waiting if r not in admitted)
+
+    def _known(self, row: Row) -> tuple[Prefix | int | None, int]:
+        """Where the longest beginning of a prompt was read (something kept, or a slot), and its length."""
+        if row.request.prompt_logprobs is not None:
+            return None, 0  # every token's scores are asked for, so every token is read
+        needed_T = row.ids_T[: row.num_ids - 1]  # the last one is read in any case: what follows it is the question
+        best: Prefix | int | None
+        best, longest = self._prefixes.find(row.reader, needed_T)
+        for slot, other in enumerate(self._decoding):
+            if (length := self._in_common(other.cached_T, other, row)) > max(longest, SHORTEST - 1):
+                best, longest = slot, length
+        return best, longest
+
+    @staticmethod
+    def _in_common(ids_T: np.ndarray, other: Row, row: Row) -> int:
+        if other.adapter is not row.adapter or row.request.prompt_logprobs is not None:
+            return 0
+        return shared(ids_T, row.ids_T[: row.num_ids - 1])
+
     def _step(self) -> None:
-        pieces = self._take_prompts()
-        decoding = list(self._decoding)
-        if not decoding and not pieces:
+        """Read one token of each decoding row and some of the prompts, and choose what follows."""
+        decoding, prefilling = list(self._decoding), list(self._prefilling)
+        if not decoding and not prefilling:
             return
-        ids = [row.last_id for row in decoding]
+        ids = [int(row.ids_T[row.length]) for row in decoding]
         positions = [row.length for row in decoding]
         owners = [row.adapter for row in decoding]
         segments: list[Segment] = []
         last_at = list(range(len(decoding)))  # the tokens whose logits are wanted
-        for slot, (row, length) in enumerate(pieces, len(decoding)):
-            segments.append(Segment(slot, row.length, len(ids), length, causal_mask(row.length, length)))
-            ids += row.request.prompt_ids[row.length : row.length + length]
-            positions += range(row.length, row.length + length)
+        budget = PREFILL_TOKENS
+        for slot, row in enumerate(prefilling, len(decoding)):
+            start, length = row.length, min(budget, row.num_unread)
+            budget -= length
+            segments.append(Segment(slot, start, len(ids), length, causal_mask(start, length)))
+            ids += row.ids_T[start : start + length].tolist()
+            positions += range(start, start + length)
             owners += [row.adapter] * length
             last_at.append(len(ids) - 1)
-        rows = decoding + self._prefilling
-        self._cache.reserve(len(rows), 1 + max(positions), sum(row.length > 0 for row in rows), max(row.length for row in rows))
+        rows = decoding + prefilling
+        self._cache.reserve(len(rows), 1 + max(positions), len(rows), max(row.length for row in rows))
         self._mix.choose(owners)
-        logits = self._forward(ids, positions, len(decoding), segments, last_at)
+        hidden_TE = self._read(ids, positions, len(decoding), segments)
 
         for row in decoding:
             row.length += 1
-        for row, length in pieces:
-            row.length += length
-        rows = decoding + [row for row, _ in pieces if not row.num_unread]
-        self._decoding, self._prefilling = rows, [row for row, _ in pieces if row.num_unread]
-        self._advance(rows, sample(logits[: len(rows)], rows))  # a part of a prompt comes last, and its logits mean nothing yet
+        for row, segment in zip(prefilling, segments, strict=True):
+            if row.request.prompt_logprobs is not None:
+                self._score_prompt(row, hidden_TE[segment.first : segment.first + segment.length])
+            row.length += segment.length
+        # A prompt that is not read to its end comes last, and its logits mean nothing yet.
+        self._decoding, self._prefilling = [r for r in rows if not r.num_unread], [r for r in rows if r.num_unread]
+        self._advance(self._logits(hidden_TE[last_at[: len(self._decoding)]]))
 
-    def _take_prompts(self) -> list[tuple[Row, int]]:
-        """The prompts, or the pieces of them, that this step reads: (row, number of tokens), oldest first."""
-        with self._wake:
-            while self._waiting and self.num_running < MAX_ROWS and sum(r.num_unread for r in self._prefilling) < PREFILL_TOKENS:
-                self._prefilling.append(self._waiting.popleft())
-        pieces: list[tuple[Row, int]] = []
-        budget = PREFILL_TOKENS
-        for row in self._prefilling:
-            pieces.append((row, min(budget, row.num_unread)))
-            budget -= pieces[-1][1]
-        return pieces
-
-    def _forward(
-        self, ids: list[int], positions: list[int], num_decoding: int, segments: list[Segment], last_at: list[int]
-    ) -> torch.Tensor:
-        """Logits (fp32) at the tokens `last_at`."""
+    def _read(self, ids: list[int], positions: list[int], num_decoding: int, segments: list[Segment]) -> torch.Tensor:
+        """Hidden states (T x E) of a step's tokens."""
         lengths = [p + 1 for p in positions[:num_decoding]]
         if lengths and max(lengths) * len(lengths) > 2 * sum(lengths) + 4096:
             # One long row would make attention read its width for every row: let each row attend alone.
@@ -340,28 +345,73 @@ class TransformersEngine:
         visible_NW = torch.arange(max(lengths, default=0)) < length_N[:, None]
         mask = torch.zeros(visible_NW.shape, dtype=self._dtype).masked_fill_(~visible_NW, float("-inf"))
         step = Step(self._cache, length_N - 1, mask[:, None, None], segments)
-        hidden_1TE = self._model.get_decoder()(
-            torch.tensor([ids]), position_ids=torch.tensor([positions]), use_cache=False, step=step
-        ).last_hidden_state
-        return self._model.get_output_embeddings()(hidden_1TE[0, last_at]).float()  # type: ignore[operator]
+        decoder: Any = self._model.get_decoder()
+        return decoder(torch.tensor([ids]), position_ids=torch.tensor([positions]), use_cache=False, step=step).last_hidden_state[0]
 
-    def _advance(self, rows: list[Row], ids: list[int]) -> None:
+    def _logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
+        """fp32, N x V."""
+        head: Any = self._model.get_output_embeddings()
+        return head(hidden_NE).float()
+
+    def _score_prompt(self, row: Row, hidden_TE: torch.Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow those just read; never many logits at a time."""
+        following = row.ids_T[row.length + 1 : row.num_ids].tolist()
+        size = max(1, SCORED_LOGITS // self.vocab_size)
+        for first in range(0, min(len(hidden_TE), len(following)), size):
+            targets = following[first : min(first + size, len(hidden_TE))]
+            logits_NV = self._logits(hidden_TE[first : first + len(targets)])
+            row.prompt_scores += score(logits_NV, targets, [row.request.prompt_logprobs or 0] * len(targets))
+
+    def _advance(self, logits_NV: torch.Tensor) -> None:
         """Give each row its new token; the finished ones leave."""
-        news: list[tuple[Row, TokenEvent | Exception]] = []
-        for row, id in zip(rows, ids, strict=True):
-            row.last_id = id
-            row.num_generated += 1
-            stop_ids = row.request.stop_ids
-            is_end = id in (self._chat.stop_ids if stop_ids is None else stop_ids)
-            text = "" if is_end else row.text.push(id)
-            reason = "stop" if is_end or row.text.stopped else "length" if row.num_generated == row.max_tokens else None
-            if reason and not row.text.stopped:
-                text += row.text.flush()
-            news.append((row, TokenEvent(id, text, "stop" if row.text.stopped else reason)))
-        for row, event in news:
-            if isinstance(event, TokenEvent) and event.finish_reason:
-                self._leave(row)
+        rows, news = list(self._decoding), list[tuple[Row, Event | Exception]]()
+        done: list[Row] = []
+        allowed: dict[int, torch.Tensor] = {}
+        broken: dict[Row, UserError] = {}
+        for i, row in enumerate(rows):
+            if row.num_ids == len(row.request.prompt_ids) and row.request.prompt_logprobs is not None:
+                logprobs, tops = zip(*row.prompt_scores, strict=True)
+                news.append((row, PromptEvent(logprobs, tops)))
+            if row.follower and row.max_tokens:
+                try:
+                    allowed[i] = row.follower.allowed(row.stop_ids)
+                except UserError as error:
+                    broken[row] = error
+        ids, scores = choose(logits_NV, [row.choice for row in rows], allowed)
+        for row, id, (logprob, top) in zip(rows, ids, scores, strict=True):
+            if row.max_tokens == 0:
+                done.append(row)
+                continue
+            if row not in broken:
+                try:
+                    event = self._take(row, id, logprob, top)
+                    news.append((row, event))
+                    if event.finish_reason:
+                        done.append(row)
+                except UserError as error:
+                    broken[row] = error
+            if row in broken:
+                news.append((row, broken[row]))
+                done.append(row)
+        for row in done:
+            self._leave(row)
         self._deliver(news)
+
+    @staticmethod
+    def _take(row: Row, id: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> TokenEvent:
+        row.ids_T[row.num_ids] = id
+        row.num_ids += 1
+        is_end = id in row.stop_ids
+        if row.follower and not is_end:
+            row.follower.take(id)
+            is_complete = row.follower.is_complete
+        else:
+            is_complete = False
+        text = "" if is_end else row.text.push(id)
+        reason = "stop" if is_end or is_complete or row.text.stopped else "length" if row.num_ids == len(row.ids_T) else None
+        if reason and not row.text.stopped:
+            text += row.text.flush()
+        return TokenEvent(id, text, "stop" if row.text.stopped else reason, logprob, top)
 
     def _drop_cancelled(self) -> None:
         for row in [r for r in self._decoding if r.cancelled]:
@@ -376,6 +426,8 @@ class TransformersEngine:
     def _leave(self, row: Row) -> None:
         """Take a decoding row out; the last ones move up so that slots stay without gaps."""
         slot, last = self._decoding.index(row), len(self._decoding) - 1
+        if self._prefixes.wants(row.reader, row.cached_T, self._cache.bytes_per_token):
+            self._prefixes.keep(Prefix(row.reader, row.cached_T.copy(), *self._cache.copy_out(slot, row.length)))
         moved = self._decoding.pop()
         if slot != last:
             self._decoding[slot] = moved
@@ -398,7 +450,7 @@ class TransformersEngine:
             self._let_go(row)
         self._deliver([(row, error) for row in rows])
 
-    def _deliver(self, news: list[tuple[Row, TokenEvent | Exception]]) -> None:
+    def _deliver(self, news: list[tuple[Row, Event | Exception]]) -> None:
         """Hand events to their consumers, with one wake-up for each event loop."""
         for loop in {row.loop for row, _ in news}:
             batch = [(row.events, event) for row, event in news if row.loop is loop]
@@ -409,7 +461,7 @@ class TransformersEngine:
                     row.cancelled = row.cancelled or row.loop is loop
 
 
-def put_all(batch: list[tuple[asyncio.Queue[TokenEvent | Exception], TokenEvent | Exception]]) -> None:
+def put_all(batch: list[tuple[asyncio.Queue[Event | Exception], Event | Exception]]) -> None:
     for queue, event in batch:
         queue.put_nowait(event)
 
@@ -421,53 +473,3 @@ def as_shown(error: Exception) -> Exception:
         if isinstance(error, TuneyardError)
         else Unavailable(f"The engine failed: {type(error).__name__}.", "Its log says more; ask again.")
     )
-
-
-def make_generator(request: GenerateRequest) -> torch.Generator | None:
-    if request.temperature == 0:
-        return None
-    generator = torch.Generator()
-    if request.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(request.seed)
-    return generator
-
-
-def causal_mask(start: int, length: int) -> torch.Tensor | None:
-    """Which tokens a piece of a prompt sees; None where the plain causal rule or no rule is enough."""
-    return torch.ones(length, start + length, dtype=torch.bool).tril_(start) if start and length > 1 else None
-
-
-def sample(logits_NV: torch.Tensor, rows: list[Row]) -> list[int]:
-    """The next token of each row: the likeliest, or one drawn with the row's own generator."""
-    ids = logits_NV.argmax(-1).tolist()
-    drawn = [(i, row.request, row.generator) for i, row in enumerate(rows) if row.generator]
-    if drawn:
-        temperature_M = torch.tensor([request.temperature for _, request, _ in drawn])
-        probs_MV = torch.softmax(logits_NV[[i for i, _, _ in drawn]] / temperature_M[:, None], -1)
-        sums_MV = probs_MV.cumsum(-1)
-        for (i, request, generator), probs_V, sums_V in zip(drawn, probs_MV, sums_MV, strict=True):
-            point = torch.rand((), generator=generator)  # one number per token, so that a seed means the same in every batch
-            if request.top_p < 1:
-                sums_V, order_V = nucleus(probs_V, request.top_p)
-                ids[i] = int(order_V[pick(sums_V, point)])
-            else:
-                ids[i] = pick(sums_V, point)
-    return ids
-
-
-def pick(sums_V: torch.Tensor, point: torch.Tensor) -> int:
-    """Which token the point (0 to 1) of the summed probabilities falls on."""
-    return min(int(torch.searchsorted(sums_V, point * sums_V[-1], right=True)), len(sums_V) - 1)
-
-
-def nucleus(probs_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest likeliest tokens that reach top_p: (their summed probabilities, their ids)."""
-    likely, order = probs_V.topk(min(1024, len(probs_V)))  # nearly always enough, and 30 times faster than sorting all
-    sums = likely.cumsum(-1)
-    if sums[-1] < top_p:
-        likely, order = probs_V.sort(descending=True)
-        sums = likely.cumsum(-1)
-    size = min(int(torch.searchsorted(sums, top_p)) + 1, len(sums))
-    return sums[:size], order[:size]

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from serve.engine import GenerateRequest, TokenEvent
-from serve.transformers_engine import MAX_ROWS, PREFILL_TOKENS, TransformersEngine, nucleus, pick
+from serve.transformers_engine import MAX_ROWS, PREFILL_TOKENS, TransformersEngine
 from trainers.chat import Chat
 from trainers.errors import ModelError, Unavailable, UserError
 
@@ -42,7 +42,7 @@ def greedy(**fields: Any) -> GenerateRequest:
 
 async def collect(engine: TransformersEngine, request: GenerateRequest, delay_s: float = 0) -> list[TokenEvent]:
     await asyncio.sleep(delay_s)
-    return [event async for event in engine.generate(request)]
+    return [event async for event in engine.generate(request) if isinstance(event, TokenEvent)]
 
 
 def ask(engine: TransformersEngine, *requests: GenerateRequest, stagger_s: float = 0) -> list[list[TokenEvent]]:
@@ -226,20 +226,6 @@ def test_no_nucleus_and_no_heat_are_greedy(engine: TransformersEngine) -> None:
     narrow = GenerateRequest(prompt_ids=prompt(6), max_tokens=12, top_p=0.0)
     cold = GenerateRequest(prompt_ids=prompt(6), max_tokens=12, temperature=1e-4)
     assert [ids_of(e) for e in ask(engine, narrow, cold)] == [likeliest, likeliest]
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    probs = torch.tensor([0.1, 0.5, 0.0, 0.25, 0.15])
-    points = (torch.arange(1000) + 0.5) / 1000
-    counts = torch.bincount(torch.tensor([pick(probs.cumsum(-1), p) for p in points]), minlength=5)
-    assert counts.tolist() == [100, 500, 0, 250, 150]
-    sums, ids = nucleus(probs, 0.7)  # 0.5 alone is not enough, 0.5 + 0.25 is
-    assert ids.tolist() == [1, 3] and pick(sums, torch.tensor(0.66)) == 0 and pick(sums, torch.tensor(0.67)) == 1
-
-
-def test_a_wide_nucleus_is_not_cut_short() -> None:
-    flat = torch.full((5000,), 1 / 5000)
-    assert abs(len(nucleus(flat, 0.9)[1]) - 4500) <= 2
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------------

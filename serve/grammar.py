@@ -1,0 +1,167 @@
+"""Answers of a given form: what a JSON schema or a regular expression lets a model say next, token by token.
+
+llguidance reads the schema and computes which tokens may come. A schema that it cannot follow to the letter is refused: an answer
+that was promised to fit must fit. Compiling is for a thread beside the one that decodes; its size is bounded, here and in the library.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections import OrderedDict
+
+import llguidance
+import numpy as np
+import torch
+
+from serve.engine import Grammar
+from serve.text import pieces
+from trainers.chat import Chat
+from trainers.errors import UserError
+
+MOST_CHARACTERS = 256_000
+"""Of a schema or an expression: about a third of a second to compile."""
+MOST_DEPTH = 64
+MOST_KEPT = 64
+MOST_KEPT_CHARACTERS = 4_000_000
+ANY_OBJECT = '{"type":"object"}'
+WHITE_SPACE = r"(\n[ \t]{0,40}|[ \t])"  # at each place where JSON allows it, once: a small model would else write spaces for ever
+
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000, step_lexer_fuel=500_000, step_max_items=100_000, max_grammar_size=500_000, verbose_errors=False
+)
+
+
+class Follower:
+    """One answer's way through its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def allowed(self, stop_ids: frozenset[int]) -> torch.Tensor:
+        """Which tokens may come now: bool, as long as the vocabulary. The ids that end an answer may only once it is complete.
+
+        Raises UserError where no token may come, or finding them out takes too long.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed = np.zeros(self._vocab_size, bool)
+        found = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+        allowed[: len(found)] = found
+        allowed[list(stop_ids)] = self._matcher.is_accepting()
+        if not allowed.any():
+            raise UserError("No token of this model's vocabulary continues the answer in the form asked for.", _LOOSEN, "response_format")
+        return torch.from_numpy(allowed)
+
+    def take(self, id: int) -> None:
+        """A token that does not end the answer was chosen."""
+        self._matcher.consume_token(id)
+        self._check()
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing more may come."""
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UserError(
+                f"The form asked for is too complex to follow: {_first_line(self._matcher.get_error())}", _LOOSEN, "response_format"
+            )
+
+
+_LOOSEN = "Ask for a simpler form."
+
+
+class Grammars:
+    """Compiled grammars over one vocabulary, the most recently used ones kept. Thread-safe."""
+
+    def __init__(self, chat: Chat, vocab_size: int) -> None:
+        self._chat = chat
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+
+    def follow(self, grammar: Grammar) -> Follower:
+        """A follower at the beginning. Raises UserError for what cannot be compiled."""
+        with self._lock:
+            if matcher := self._kept.get(grammar):
+                self._kept.move_to_end(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar)
+            with self._lock:
+                self._kept[grammar] = matcher
+                while len(self._kept) > MOST_KEPT or sum(len(g.text) for g in self._kept) > MOST_KEPT_CHARACTERS:
+                    self._kept.popitem(last=False)
+        return Follower(matcher.deep_copy(), self._vocab_size)
+
+    @functools.cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        return llguidance.LLTokenizer(_Vocabulary(self._chat), n_vocab=self._vocab_size)  # type: ignore[arg-type]
+
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        if len(grammar.text) > MOST_CHARACTERS:
+            raise _refusal(grammar, f"it has {len(grammar.text):,} characters, more than {MOST_CHARACTERS:,}")
+        try:
+            regex = grammar.kind == "regex"
+            source = llguidance.LLMatcher.grammar_from_regex(grammar.text) if regex else _schema_grammar(grammar)
+        except (ValueError, RecursionError) as error:
+            raise _refusal(grammar, _first_line(str(error))) from None
+        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise _refusal(grammar, _first_line(matcher.get_error()))
+        return matcher
+
+
+def _schema_grammar(grammar: Grammar) -> str:
+    schema = json.loads(ANY_OBJECT if grammar.kind == "json" else grammar.text)
+    if not isinstance(schema, dict):
+        raise ValueError("it must be a JSON object")
+    if _depth(schema) > MOST_DEPTH:
+        raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+    schema.pop("x-guidance", None)  # the library's own options are ours to set
+    options: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": WHITE_SPACE}
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
+
+
+def _depth(value: object) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+    return depth
+
+
+def _refusal(grammar: Grammar, why: str) -> UserError:
+    what = "regular expression" if grammar.kind == "regex" else "JSON schema"
+    return UserError(
+        f"The {what} cannot be compiled: {why}.",
+        "Answers can be held to type, properties, required, items, enum, const, anyOf, $ref inside the schema, bounds and patterns.",
+        "response_format",
+    )
+
+
+def _first_line(text: str) -> str:
+    """The library's words for one line of an error: a pattern's errors say what is wrong in their last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["unknown"]
+    return lines[-1].removeprefix("error: ").rstrip(".")[:300] if lines[0].startswith("regex parse error") else lines[0].rstrip(".")[:300]
+
+
+class _Vocabulary(llguidance.TokenizerWrapper):
+    """A model's tokens as llguidance wants them. Special tokens are never part of a form."""
+
+    def __init__(self, chat: Chat) -> None:
+        table = pieces(chat)
+        special = {id for id, token in chat.tokenizer.get_added_tokens_decoder().items() if token.special}
+        silent = {id for id, said in enumerate(table) if not said}
+        self.eos_token_id = chat.eos_id
+        self.bos_token_id = None
+        self.tokens = [said or f"<unused {id}>".encode() for id, said in enumerate(table)]
+        self.special_token_ids = sorted(special | silent)
+        self.is_tokenizer_wrapper = True
+        self._encode = chat.encoder.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:  # type: ignore[override]
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"), "continue")
