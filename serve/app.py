@@ -1,4 +1,4 @@
-"""One Ray Serve application: one model, its engine and the OpenAI chat wire.
+"""One Ray Serve application: one model, its engine and OpenAI's wire for chat and text completions.
 
 The model is a base, which also answers with adapters over it, or a whole tuned model. The gateway in service/ is the only client: it has
 the token, and says by header which name to echo (`x-tuneyard-model`) and which PEFT folder to answer with (`x-tuneyard-adapter`, in UTF-8;
@@ -8,14 +8,13 @@ empty = the model as it is).
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 from ray import serve as ray_serve
 from ray.serve import Application
 from starlette.applications import Starlette
@@ -25,19 +24,30 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve import protocol
+from serve import chat_request, completions, protocol
+from serve import tools as tool_calls
+from serve.chat_answer import ChatAnswer
 from serve.chats import Chats
-from serve.engine import Engine, GenerateRequest, TokenEvent
-from trainers.chat import Chat, Message
-from trainers.errors import TuneyardError, UserError
+from serve.completions import Completion
+from serve.engine import Engine
+from serve.streams import sse
+from serve.tools import Form
+from trainers.chat import Chat
+from trainers.errors import DataError, TuneyardError, Unavailable, UserError
 
+MAX_OPEN = 256
+"""Sequences that one replica answers at a time, waiting ones and those that are read slowly included; more are told to come again."""
+RETRY_AFTER_S = "1"
+SWEEP_S = 2.0
+"""Between two looks for adapters that were deleted."""
 DRAIN_S = 120.0  # an unloaded model may finish the answers that it has begun; Serve's own 20 s would cut long ones
 
 
 def build(args: dict[str, Any]) -> Application:
     """For Serve's declarative config (`import_path: serve.app:build`).
 
-    args: `name` (echoed where no header names the model), `model_dir`, `token_file`, and optionally `max_adapter_bytes`.
+    args: `name` (echoed where no header names the model), `model_dir`, `token_file`, and optionally `max_adapter_bytes`
+    and `max_open` (MAX_OPEN).
     """
 
     def asgi() -> Starlette:  # runs in the replica: only there is the model loaded
@@ -46,27 +56,31 @@ def build(args: dict[str, Any]) -> Application:
         limits = {k: args[k] for k in ("max_adapter_bytes",) if k in args}
         engine = TransformersEngine(Path(args["model_dir"]), **limits)
         token = Path(args["token_file"]).read_text(encoding="utf-8").strip()
-        return application(engine, Chats(Path(args["model_dir"])), args["name"], token)
+        return application(engine, Chats(Path(args["model_dir"])), args["name"], token, args.get("max_open", MAX_OPEN))
 
+    # Far more requests reach the replica than it answers: what is too much it says itself, in words that clients understand.
     # A local replica reserves no CPU: a training job beside it would otherwise wait for ever.
     deployment = ray_serve.deployment(
-        name="engine", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=DRAIN_S
+        name="engine", max_ongoing_requests=2048, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=DRAIN_S
     )
     return deployment(ray_serve.ingress(asgi)()).bind()
 
 
-def application(engine: Engine, chats: Chats, name: str, token: str) -> Starlette:
+def application(engine: Engine, chats: Chats, name: str, token: str, max_open: int = MAX_OPEN) -> Starlette:
     """The ASGI application around an engine."""
-    server = Server(engine, chats, name)
+    server = Server(engine, chats, name, max_open)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(server.forget_deleted())
         yield
+        sweeping.cancel()
         await asyncio.to_thread(engine.close)
 
     routes = [
         Route("/healthz", server.healthz),
         Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+        Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/tuneyard/prompt", server.prompt, methods=["POST"]),
     ]
     return Starlette(
@@ -101,139 +115,132 @@ class TokenCheck:
 async def show_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, TuneyardError):  # a fault of ours: Starlette logs it, the client is told in the form it knows
         error = TuneyardError(f"The serving app failed ({type(error).__name__}).", "Its log says more.")
-    return JSONResponse(protocol.error_body(error), error.status)
+    headers = {"retry-after": RETRY_AFTER_S} if error.status == 503 else {}
+    return JSONResponse(protocol.error_body(error), error.status, headers)
 
 
 class Server:
     """The routes."""
 
-    def __init__(self, engine: Engine, chats: Chats, name: str) -> None:
-        self.engine, self.chats, self.name = engine, chats, name
+    def __init__(self, engine: Engine, chats: Chats, name: str, max_open: int) -> None:
+        self.engine, self.chats, self.name, self.max_open = engine, chats, name, max_open
+        self.num_open = 0
+        """Sequences of answers that are not finished, or not yet read to their end."""
+        self.adapters: set[str] = set()
+        """Folders that were asked for."""
 
     async def healthz(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok", "name": self.name, "running": self.engine.num_running})
+        return JSONResponse({"status": "ok", "name": self.name, "running": self.engine.num_running, "open": self.num_open})
 
     async def prompt(self, request: Request) -> Response:
         """The ids that the model would be given for these messages: lets the training side check that it saw the same."""
-        _, ids = await self._prompt(adapter_of(request), protocol.parse_messages(await request.body()))
-        return JSONResponse({"prompt_ids": ids})
+        asked, adapter = chat_request.parse_messages(await request.body()), self._adapter(request)
+
+        def read() -> list[int]:
+            chat = self.chats.of(adapter)
+            return self._chat_prompt(chat, asked)[0]
+
+        return JSONResponse({"prompt_ids": await asyncio.to_thread(read)})
 
     async def chat_completions(self, request: Request) -> Response:
-        asked = protocol.parse(await request.body())
-        adapter = adapter_of(request)
-        chat, prompt_ids = await self._prompt(adapter, [m.plain() for m in asked.messages])
-        answer = Answer(
-            asked=asked,
-            model=request.headers.get("x-tuneyard-model") or self.name,
-            prompt_ids=prompt_ids,
-            stop_ids=chat.stop_ids,
-            adapter=adapter,
-        )
-        if not asked.stream:
-            return JSONResponse(await answer.whole(self.engine))
-        events = answer.chunks(self.engine)
-        first = await anext(events)  # what is wrong with the request shows here, while the status can still say so
-        return StreamingResponse(sse(first, events), media_type="text/event-stream")
+        body = await request.body()
+        adapter, model = self._adapter(request), self._model(request)
 
-    async def _prompt(self, adapter: str | None, messages: list[Message]) -> tuple[Chat, list[int]]:
-        """The chat of an adapter, and the ids it makes of messages; beside the event loop, because a template may take its time."""
-
-        def read() -> tuple[Chat, list[int]]:
+        def read() -> ChatAnswer:  # beside the event loop, because a template may take its time
+            asked = chat_request.parse(body)
             chat = self.chats.of(adapter)
-            return chat, chat.prompt(messages)
+            shown = asked.model_copy(update={"tools": []}) if asked.tool_choice == "none" else asked
+            ids, form = self._chat_prompt(chat, shown)
+            return ChatAnswer(asked, self.engine, chat, ids, form, model, adapter)
 
-        return await asyncio.to_thread(read)
+        return await self._respond(await asyncio.to_thread(read))
 
+    async def completions(self, request: Request) -> Response:
+        body = await request.body()
+        adapter, model = self._adapter(request), self._model(request)
 
-def adapter_of(request: Request) -> str | None:
-    return request.headers.get("x-tuneyard-adapter", "").encode("latin-1").decode("utf-8") or None
+        def read() -> Completion:
+            asked = completions.parse(body)
+            chat = self.chats.of(adapter)
+            for prompt in asked.prompts:
+                self._refuse_endless(chat, len(prompt.encode()) if isinstance(prompt, str) else 0, "prompt")
+            prompts = [completions.prompt_ids(chat, prompt, i) for i, prompt in enumerate(asked.prompts)]
+            return Completion(asked, self.engine, chat, prompts, model, adapter)
 
+        return await self._respond(await asyncio.to_thread(read))
 
-class Answer:
-    """One chat completion in the making: `n` sequences from one prompt."""
+    async def forget_deleted(self) -> None:
+        """Unload adapters whose folders are gone, again and again. Every replica sees to its own: a deleted model goes everywhere."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            for adapter in [a for a in self.adapters if not Path(a).exists()]:
+                self.adapters.discard(adapter)
+                await asyncio.to_thread(self.engine.evict, adapter)
 
-    def __init__(
-        self, asked: protocol.ChatRequest, model: str, prompt_ids: list[int], stop_ids: frozenset[int], adapter: str | None
-    ) -> None:
-        self.asked, self.num_prompt = asked, len(prompt_ids)
-        self.head = (f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), model)
-        self.requests = [
-            GenerateRequest(
-                prompt_ids=prompt_ids,
-                adapter=adapter,
-                stop_ids=stop_ids,
-                max_tokens=asked.limit,
-                temperature=asked.temperature,
-                top_p=asked.top_p,
-                stop=asked.stops,
-                seed=None if asked.seed is None else asked.seed + i,
-            )
-            for i in range(asked.n)
-        ]
+    async def _respond(self, answer: ChatAnswer | Completion) -> Response:
+        with ExitStack() as held:
+            held.enter_context(self._opened(len(answer.requests)))
+            if not answer.asked.stream:
+                return WireJSON(await answer.whole())
+            chunks = answer.chunks()
+            first = await anext(chunks)  # what is wrong with the request shows here, while the status can still say so
+            return Streamed(sse(first, chunks), held.pop_all())
 
-    async def whole(self, engine: Engine) -> dict[str, Any]:
-        texts, reasons, num_tokens = [""] * self.asked.n, [""] * self.asked.n, 0
-        async with aclosing(merged(engine, self.requests)) as events:
-            async for index, event in events:
-                num_tokens += 1
-                texts[index] += event.text
-                reasons[index] = event.finish_reason or ""
-        return protocol.completion(*self.head, list(zip(texts, reasons, strict=True)), protocol.usage(self.num_prompt, num_tokens))
-
-    async def chunks(self, engine: Engine) -> AsyncGenerator[dict[str, Any], None]:
-        num_tokens = 0
-        with_usage = self.asked.stream_options.include_usage
-        extra = {"usage": None} if with_usage else {}
-        begun: set[int] = set()
-        async with aclosing(merged(engine, self.requests)) as events:
-            async for index, event in events:
-                num_tokens += 1
-                if index not in begun:
-                    begun.add(index)
-                    yield protocol.chunk(*self.head, index, {"role": "assistant", "content": "", "refusal": None}) | extra
-                if event.text:
-                    yield protocol.chunk(*self.head, index, {"content": event.text}) | extra
-                if event.finish_reason:
-                    yield protocol.chunk(*self.head, index, {}, event.finish_reason) | extra
-        if with_usage:
-            yield protocol.chunk(*self.head, 0, {}) | {"choices": [], "usage": protocol.usage(self.num_prompt, num_tokens)}
-
-
-async def merged(engine: Engine, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
-    """The events of several generations as they come, each with its index; closing it closes them all."""
-    async with AsyncExitStack() as stack:
-        streams = [await stack.enter_async_context(aclosing(engine.generate(r))) for r in requests]
-        if len(streams) == 1:
-            async for event in streams[0]:
-                yield 0, event
-            return
-        pending = {asyncio.ensure_future(anext(s)): i for i, s in enumerate(streams)}
+    @contextmanager
+    def _opened(self, count: int) -> Iterator[None]:
+        if self.num_open and self.num_open + count > self.max_open:
+            raise Unavailable(f"{self.num_open} answers are being made, which is all that this model holds.", "Ask again in a moment.")
+        self.num_open += count
         try:
-            while pending:
-                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    index, event = pending.pop(future), future.result()
-                    yield index, event
-                    if not event.finish_reason:
-                        pending[asyncio.ensure_future(anext(streams[index]))] = index
+            yield
         finally:
-            for future in pending:
-                future.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            self.num_open -= count
 
-
-async def sse(first: dict[str, Any], events: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
-    """Server-sent events; an error that comes after the first of them is one more event."""
-    async with aclosing(events):
-        yield sse_line(first)
+    def _chat_prompt(self, chat: Chat, asked: chat_request.WithMessages) -> tuple[list[int], Form | None]:
+        """Ids of a conversation; and, where it has tools, how the model's template writes calls."""
+        messages, tools = asked.plain(), asked.tools_text
+        calls = next((i for i, message in enumerate(messages) if "tool_calls" in message), None)
+        form = tool_calls.needed(chat, "tools" if tools else f"messages[{calls}].tool_calls") if tools or calls is not None else None
+        self._refuse_endless(chat, sum(len(message["content"].encode()) for message in messages), "messages", len(messages))
         try:
-            async for event in events:
-                yield sse_line(event)
-        except TuneyardError as error:
-            yield sse_line(protocol.error_body(error))
-            return
-        yield "data: [DONE]\n\n"
+            return chat.prompt(messages, tools), form if tools else None
+        except DataError as error:  # here nobody trains: it is a request like others that is wrong
+            raise UserError(error.message, error.remedy, error.param) from None
+
+    def _refuse_endless(self, chat: Chat, num_bytes: int, param: str, at_least: int = 0) -> None:
+        """Refuse what cannot fit the context, whatever its words, before it is cut into tokens."""
+        at_least = max(at_least, num_bytes // int(chat.token_bytes.sizes.max()))
+        if at_least >= self.engine.context:
+            raise UserError(
+                f"The prompt has at least {at_least:,} tokens: more than this model's context of {self.engine.context} tokens.",
+                "Shorten it.",
+                param,
+            )
+
+    def _adapter(self, request: Request) -> str | None:
+        adapter = request.headers.get("x-tuneyard-adapter", "").encode("latin-1").decode("utf-8") or None
+        if adapter:
+            self.adapters.add(adapter)
+        return adapter
+
+    def _model(self, request: Request) -> str:
+        return request.headers.get("x-tuneyard-model") or self.name
 
 
-def sse_line(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+class WireJSON(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+class Streamed(StreamingResponse):
+    """Server-sent events that hold on to something until the last of them is sent, or the reader has left."""
+
+    def __init__(self, events: AsyncIterator[bytes], held: ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)

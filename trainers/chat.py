@@ -182,6 +182,10 @@ class Chat:
         text, *prefixes = self._renders([(len(messages), True), *((k, True) for k in turns)], messages, tools)
         return self._cut(text, dict(zip(turns, prefixes, strict=True)))[0]
 
+    def text_prompt(self, text: str) -> list[int]:
+        """Ids of a text that the model goes on with: those that a row of plain text is trained with, without its end."""
+        return self._plain_text(text).ids[:-1].tolist()
+
     def prompts(self, messages: list[Message], tools: str | None = None) -> dict[int, list[int]]:
         """`prompt` of what stands before each assistant turn, by the turn's index."""
         return {k: self.prompt(messages[:k], tools) for k in _turns(messages)}
