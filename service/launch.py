@@ -149,6 +149,8 @@ def deploy_stage(order: LaunchOrder, model_dir: Path, model: ModelRecord, run: R
 def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: RunDir) -> None:
     """Compare base and tuned. A failure here is an event: the training was paid for, and the model answers."""
     from serve.evaluate import Endpoint, Model, evaluate
+    from service import evaluationreport
+    from service.evaluating import validation
 
     if not spec.evaluate.tasks or run.read("evaluation.json", EvaluationRecord) is not None:
         return
@@ -156,11 +158,23 @@ def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: R
     token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
     try:
         adapter = adapter_of(run, model)
-        tuned = Model(order.model_name, str(adapter) if adapter else None, _url_of(model, order))
+        model_dir = ensure(find_any(model.base), Path(order.models))
+        tuned = Model(order.model_name, str(adapter) if adapter else None, _url_of(model, order), _chat(model_dir, run))
         endpoint = Endpoint(order.serve_url, token)
         for url in {endpoint.url, tuned.url or endpoint.url}:  # after a restart, or for a whole model's base, nobody has waited yet
             wait_until_healthy(url, run, "evaluate")
-        record = evaluate(run, spec.evaluate.tasks, endpoint, Model(model.base), tuned, spec.data.slice_by)
+        prepared = run.read("prepare.json", PrepareRecord)
+        record = evaluate(
+            run,
+            spec.evaluate.tasks,
+            endpoint,
+            Model(model.base, chat=Chat.load(model_dir)),
+            tuned,
+            spec.data.slice_by,
+            validation=validation(prepared.store if prepared else None),
+            judged_by=spec.evaluate.judge,
+        )
+        write_atomic(run.path("evaluation.html"), evaluationreport.page(record))
     except Fenced:
         raise
     except Exception as error:  # whatever went wrong here, the model is trained and answers
@@ -168,10 +182,8 @@ def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: R
         return
     if model.merged is not None:
         write_card(run, model, run.path(model.merged))  # again, now with these results
-    for task in record.tasks:
-        run.event(
-            f"{task.name}: {task.metric} base {task.base[task.metric]:.1%}, tuned {task.tuned[task.metric]:.1%} ({task.examples} examples)."
-        )
+    for line in evaluationreport.lines(record):
+        run.event(line)
 
 
 def _url_of(model: ModelRecord, order: LaunchOrder) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from trainers.records import Record
+from trainers.spec import EvalTask, Judge
 
 
 class LaunchOrder(Record):
@@ -27,3 +30,31 @@ class LaunchOrder(Record):
     """Where the tuned model's own app answers, if no adapter on the base says it exactly."""
     serve_token_file: str | None = None
     """File with the bearer token that the serving app asks for."""
+
+
+class Side(Record):
+    """A model that is evaluated."""
+
+    name: str
+    app: str
+    """The serving app that answers for it."""
+    adapter: str | None = None
+    """PEFT folder that the app answers with; None = the app's model as it is."""
+    folder: str
+    """Hugging Face folder of the app's model: its tokenizer and chat template."""
+
+
+class EvaluationOrder(Record):
+    """`order.json` in an evaluation's folder; written by the runner, read by `python -m service.evaluating`."""
+
+    base: Side
+    tuned: Side
+    tasks: list[EvalTask]
+    """Their paths can be read on the cluster."""
+    slice_by: str | None = None
+    judge: Judge | None = None
+    store: str | None = None
+    """Token store of the job that made the tuned model: its validation split is what the loss is measured on."""
+    urls: dict[str, str] = Field(default_factory=dict)
+    """App -> where it answers now."""
+    serve_token_file: str = ""

@@ -12,7 +12,21 @@ from rich.text import Text
 
 from trainers.records import StepRecord, TaskResult
 
-NAMES = {"exact_match": "Exact match", "json_match": "Exact match (JSON)", "valid_json": "Valid JSON"}
+NAMES = {
+    "exact_match": "Exact match",
+    "json_match": "Exact match (JSON)",
+    "valid_json": "Valid JSON",
+    "json_schema": "Meets the schema",
+    "regex": "Matches the pattern",
+    "contains": "Holds the reference",
+    "choice": "Right choice",
+    "choice_by_length": "Right choice (by likelihood per byte)",
+    "rouge": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+}
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from service import policy, results
+from service.evaluations import Evaluations
 from service.link import Link
 from service.order import LaunchOrder
 from service.policy import Limits, Seen
@@ -49,6 +50,7 @@ class Runner:
         self.owner = owner
         self.limits = Limits(backoff_s=settings.backoff_s)
         self.serving = Serving(settings, store, link)
+        self.evaluations = Evaluations(settings, store, link)
         self._serve_after = 0.0
         self._purged_at = 0.0
         self._known_checkpoints: dict[str, set[str]] = {}
@@ -71,6 +73,8 @@ class Runner:
         cluster = self._cluster_answers()
         if any(isinstance(action, policy.CheckFiles) for action in self._advance(cluster)):
             self._advance(cluster)  # a job that was just queued may start at once: serving, below, can take seconds
+        if cluster:
+            self._guard("evaluations", self.evaluations.step)
         if cluster and time.time() >= self._serve_after:
             self._serve_after = time.time() + REDEPLOY_S  # holds if it fails: fetching and deploying cost too much to repeat at once
             self._guard("serving", self._serve)

@@ -51,6 +51,9 @@ class Settings(BaseModel):
     checkpoint_urls: str = ""
     """URL prefixes, separated by commas, below which jobs may keep their checkpoints (`checkpoint.to`): `s3://team-runs/`. The cluster
     writes there with its own credentials."""
+    judge_urls: str = ""
+    """URL prefixes, separated by commas, of models that may judge answers: `https://judge.example/v1`. They get the key that the service's
+    environment holds as TUNEYARD_JUDGE_KEY."""
     max_file_bytes: int = 512 * 2**20
     """Largest upload."""
     max_body_bytes: int = 16 * 2**20
@@ -86,6 +89,10 @@ class Settings(BaseModel):
     def grants_checkpoints(self, url: str) -> bool:
         """Whether a job may keep its checkpoints at this URL."""
         return _below(url, self.checkpoint_urls)
+
+    def grants_judge(self, url: str) -> bool:
+        """Whether an evaluation may let the model at this URL judge."""
+        return _below(url, self.judge_urls)
 
     @property
     def key_file(self) -> Path:

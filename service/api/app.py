@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 from fastapi import FastAPI
 
-from service.api import chat, errors, files, jobs, models, tuneyard
+from service.answering import Answering
+from service.api import chat, errors, evaluations, files, jobs, models, rating, studies, tuneyard
 from service.link import Link
 from service.settings import Settings
 from service.store import Store
@@ -23,11 +25,15 @@ def create_app(settings: Settings, store: Store, link: Link) -> FastAPI:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits, trust_env=False) as http:
             app.state.http = http
+            answering = asyncio.create_task(app.state.answering.run())
             yield
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
 
     app = FastAPI(title="Tuneyard", lifespan=lifespan)
     app.state.settings, app.state.store, app.state.link = settings, store, link
-    for part in (files, jobs, models, chat, tuneyard):
+    app.state.answering = Answering(app, store)
+    for part in (files, jobs, models, chat, tuneyard, evaluations, studies, rating):
         app.include_router(part.router)
     errors.install(app)
     app.add_middleware(errors.Guard, max_body_bytes=settings.max_body_bytes, max_file_bytes=settings.max_file_bytes)

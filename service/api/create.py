@@ -18,7 +18,7 @@ from service.store import Job, Project, Store, new_id
 from trainers import resolve
 from trainers.catalogue import Base, find
 from trainers.errors import SpecError, UnknownModel, UserError
-from trainers.spec import JobSpec
+from trainers.spec import JobSpec, Judge
 from trainers.template import builtin_names
 
 SUFFIX = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}")
@@ -214,6 +214,7 @@ def _put_hyperparameters(given: Hyperparameters, base: Base, place: str, put: An
 
 def _files_named(spec: JobSpec, settings: Settings, store: Store, project: Project) -> JobSpec:
     """The spec, each source named after its file; refuses every path that is neither one of the project's file ids nor a granted URL."""
+    check_judge(spec.evaluate.judge, settings)
     dump = spec.model_dump(mode="json")
     validation = dump["data"]["validation"]
     for source in (*dump["data"]["train"], *(validation if isinstance(validation, list) else ()), *dump["evaluate"]["tasks"]):
@@ -225,3 +226,13 @@ def _files_named(spec: JobSpec, settings: Settings, store: Store, project: Proje
             raise SpecError(f"`{source['path']}` is not a file of this project.", remedy, "job")
         source["name"] = source["name"] or file.filename
     return JobSpec.parse(dump)
+
+
+def check_judge(judge: Judge | None, settings: Settings) -> None:
+    """A judge elsewhere gets the service's own key and every answer: only its owner says where."""
+    if judge is not None and judge.url is not None and not settings.grants_judge(judge.url):
+        raise UserError(
+            f"`{judge.url}` is no judge that this service may ask.",
+            "Leave `url` out to let a model of this service judge, or let its owner grant the URL (TUNEYARD_JUDGE_URLS).",
+            "judge.url",
+        )

@@ -12,7 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
-from service import studies
+from service import evaluations, studies
 from service.store import Checkpoint, Job, JobEvent, Row, Store, new_id
 from trainers.errors import UserError
 
@@ -38,7 +38,7 @@ def job(store: Store) -> Job:
 
 
 def test_migrations_make_the_schema_that_the_code_uses(tmp_path: Path) -> None:
-    assert studies.Study.metadata is Row.metadata  # its tables count
+    assert studies.Study.metadata is evaluations.Evaluation.metadata is Row.metadata  # their tables count
     url = f"sqlite:///{tmp_path / 'x.db'}"
     store = Store(url)
     store.migrate()
