@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
 from collections import OrderedDict
+from decimal import Decimal
 
 import llguidance
 import numpy as np
@@ -23,13 +25,16 @@ from trainers.errors import UserError
 MOST_CHARACTERS = 256_000
 """Of a schema or an expression: about a third of a second to compile."""
 MOST_DEPTH = 64
+MOST_REPEATS = 10_000
+"""Of an item or a part of an expression. The library would take minutes and gigabytes for a billion."""
+MOST_NESTED_REPEATS = 100_000
 MOST_KEPT = 64
 MOST_KEPT_CHARACTERS = 4_000_000
 ANY_OBJECT = '{"type":"object"}'
 WHITE_SPACE = r"(\n[ \t]{0,40}|[ \t])"  # at each place where JSON allows it, once: a small model would else write spaces for ever
 
 _LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000, step_lexer_fuel=500_000, step_max_items=100_000, max_grammar_size=500_000, verbose_errors=False
+    initial_lexer_fuel=1_000_000, step_lexer_fuel=100000, step_max_items=100_000, max_grammar_size=500_000, verbose_errors=False
 )
 
 
@@ -105,13 +110,15 @@ class Grammars:
         if len(grammar.text) > MOST_CHARACTERS:
             raise _refusal(grammar, f"it has {len(grammar.text):,} characters, more than {MOST_CHARACTERS:,}")
         try:
-            regex = grammar.kind == "regex"
-            source = llguidance.LLMatcher.grammar_from_regex(grammar.text) if regex else _schema_grammar(grammar)
+            if grammar.kind == "regex":
+                _refuse_costly_pattern(grammar.text)
+            source = llguidance.LLMatcher.grammar_from_regex(grammar.text) if grammar.kind == "regex" else _schema_grammar(grammar)
         except (ValueError, RecursionError) as error:
             raise _refusal(grammar, _first_line(str(error))) from None
         matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _refusal(grammar, _first_line(matcher.get_error()))
+        Follower(matcher, self._vocab_size).allowed(frozenset())  # the first look takes longest, and copies know what it found
         return matcher
 
 
@@ -119,19 +126,52 @@ def _schema_grammar(grammar: Grammar) -> str:
     schema = json.loads(ANY_OBJECT if grammar.kind == "json" else grammar.text)
     if not isinstance(schema, dict):
         raise ValueError("it must be a JSON object")
-    if _depth(schema) > MOST_DEPTH:
-        raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+    _refuse_costly(schema)
     schema.pop("x-guidance", None)  # the library's own options are ours to set
     options: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": WHITE_SPACE}
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 
-def _depth(value: object) -> int:
-    depth, level = 0, [value]
+_COUNTS = {"minItems", "maxItems", "minContains", "maxContains", "minProperties", "maxProperties", "minLength", "maxLength"}
+_REPEAT = re.compile(r"(\)?)\{(\d+)(?:,(\d*))?\}")
+
+
+def _refuse_costly(schema: object) -> None:
+    """Raises ValueError for what compiles slowly although it is short."""
+    level, depth = [schema], 0
     while level:
         depth += 1
-        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
-    return depth
+        if depth > MOST_DEPTH:
+            raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, list):
+                below += value
+            elif isinstance(value, dict):
+                below += value.values()
+                for key, bound in value.items():
+                    _refuse_costly_pattern(key)  # those of patternProperties; other names are no patterns, and pass
+                    if key == "pattern" and isinstance(bound, str):
+                        _refuse_costly_pattern(bound)
+                    if key in _COUNTS and isinstance(bound, int | float) and bound > MOST_REPEATS:
+                        raise ValueError(f"{key} is {bound}, more than {MOST_REPEATS:,}")
+                    if key == "multipleOf" and isinstance(bound, int | float) and _significant(bound) > MOST_REPEATS:
+                        raise ValueError(f"multipleOf {bound} has too many digits: at most {MOST_REPEATS:,} without its zeros")
+        level = below
+
+
+def _refuse_costly_pattern(pattern: str) -> None:
+    nested, longest = 1, 1
+    for closes, low, high in _REPEAT.findall(pattern):
+        times = int((high or low)[:12])
+        nested, longest = (nested * max(times, 1), longest) if closes else (nested, max(longest, times))
+    if longest > MOST_REPEATS or nested * longest > MOST_NESTED_REPEATS:
+        raise ValueError(f"the pattern {pattern[:50]!r} repeats too often: at most {MOST_REPEATS:,} times, {MOST_NESTED_REPEATS:,} nested")
+
+
+def _significant(number: float) -> int:
+    digits = Decimal(repr(number)).normalize().as_tuple().digits
+    return int("".join(map(str, digits)))
 
 
 def _refusal(grammar: Grammar, why: str) -> UserError:
