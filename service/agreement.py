@@ -17,7 +17,7 @@ import numpy as np
 Z95 = 1.959963984540054
 """Two-sided 95% point of the normal distribution."""
 
-Ratings = Mapping[str, Mapping[Hashable, Any]]
+Ratings = Mapping[str, Mapping[Any, Any]]
 """Rater -> what was rated -> the category given."""
 
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from service import ratecommands
 from service.settings import Settings, make_home
 from trainers.errors import TuneyardError, UserError
-from trainers.records import DataReport
+from trainers.records import DataReport, EvaluationRecord
 from trainers.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ def _client(home: Path | None) -> Client:
     client = Client.find(Settings.load(home=home).home)
     _open.callback(client.openai.close)
     return client
+
+
+app.add_typer(ratecommands.commands(_client, out, err), name="rate")
 
 
 def _print_json(value: Any) -> None:
@@ -346,7 +350,21 @@ def show(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> No
     for name, value in rows.items():
         if value not in (None, ""):
             table.add_row(name, _plain(str(value)))
+    for line in _evaluation_lines(client, job):
+        table.add_row("evaluation", _plain(line))
     out.print(table)
+
+
+def _evaluation_lines(client: Client, job: str) -> list[str]:
+    """What the job's evaluation found, a line a part, once there is one."""
+    import openai
+
+    from service import evaluationreport
+
+    try:
+        return evaluationreport.lines(EvaluationRecord.model_validate(client.get(f"/tuneyard/jobs/{job}/evaluation")))
+    except openai.NotFoundError:
+        return []
 
 
 def _data_line(client: Client, job: str) -> str | None:
@@ -490,6 +508,74 @@ def chat(
         said.append({"role": "assistant", "content": answer})
         if message is not None:
             return
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="Compare with this model.", show_default="the base of MODEL")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Held-out conversations, or a YAML file of tasks. May be given several times.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="How answers to the conversations are scored.", show_default="exact_match")] = None,
+    slice_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Compare by this column, too.")] = None,
+    judge: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="URL MODEL", help="Let a model rate the answers; its key is TUNEYARD_JUDGE_KEY. URL `here`: a base of the service."
+        ),
+    ] = None,
+    judge_cases: Annotated[int, typer.Option(min=1, help="Cases of each task that are judged.")] = 100,
+    code: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE:FUNCTION", help="Also score answers with a function of your own.")
+    ] = None,
+    benchmark: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TASK.yaml", help="Run a local task of lm-evaluation-harness (extra [eval]) on both models."),
+    ] = None,
+    output: Annotated[list[Path] | None, typer.Option("--output", "-o", help="Also write the report: FILE.html or FILE.json.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Is MODEL better than BASE, and by more than chance? On held-out answers, tasks, by a judge, by code of your own."""
+    from service import evaluatecommand, evaluationreport
+    from trainers.spec import Judge
+
+    for path in output or []:
+        if path.suffix not in (".html", ".json"):
+            raise typer.BadParameter(f"{path} ends neither in .html nor in .json.", param_hint="--output")
+        _check_writable(path)
+    here = Judge(model=judge[1], cases=judge_cases) if judge and judge[0] == "here" else None
+    client = _client(home)
+    tasks = evaluatecommand.tasks_of(task or [], metric)
+    created = evaluatecommand.create(client, model, against, tasks, slice_by, here)
+    with _asking("asking") as show:
+        record = evaluatecommand.follow(client, created["id"], show)
+    if code or (judge and not here):
+        answers = evaluatecommand.Answers(client, created["id"])
+        for entry_point in code or []:
+            answers.score_by(entry_point, record)
+        if judge and not here:
+            with _asking("judging") as show:
+                kept = Settings.load(home=home).home / "judged" / created["id"]
+                answers.judge_by(Judge(url=judge[0], model=judge[1], cases=judge_cases), record, kept, show)
+    if benchmark:
+        from service.harness import run_benchmarks
+
+        record.benchmarks = run_benchmarks(client, benchmark, record.base, record.tuned, err.print)
+    told = {"id": created["id"], **record.model_dump(mode="json")}
+    for path in output or []:
+        _write(path, evaluationreport.page(record) if path.suffix == ".html" else json.dumps(told, indent=2) + "\n")
+    _print_json(told) if as_json else out.print(evaluationreport.renderable(record), width=min(out.width, REPORT_WIDTH))
+
+
+@contextmanager
+def _asking(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, if that is a terminal; yields what to tell it: (requests done, requests in all)."""
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("", total=1)
+        yield lambda done, total: progress.update(bar, completed=done, total=max(done, total, 1))
 
 
 @app.command()

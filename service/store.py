@@ -207,6 +207,13 @@ class Store:
         with self.session() as session:
             return session.scalar(select(Project).join(Key, Key.project_id == Project.id).where(Key.sha256 == _sha256(key)))
 
+    def lend_key(self, project_id: str) -> str:
+        """A key for work that the service does in this project's name; forget it when the work is done."""
+        key = "ty-" + secrets.token_urlsafe(32)
+        with self.session() as session:
+            session.add(Key(sha256=_sha256(key), project_id=project_id, created_at=time.time()))
+        return key
+
     def forget_key(self, key: str) -> None:
         with self.session() as session:
             session.execute(delete(Key).where(Key.sha256 == _sha256(key)))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.answering import Answering
 from service.api.errors import Unauthorized
 from service.link import Link
 from service.settings import Settings
@@ -42,8 +43,13 @@ def _requested_by(caller: Annotated[Project, Depends(_caller)], key: Annotated[s
     return f"project {caller.name}, {key_name(key)}"
 
 
+def _answering(request: Request) -> Answering:
+    return request.app.state.answering
+
+
 Config = Annotated[Settings, Depends(_settings)]
 Db = Annotated[Store, Depends(_store)]
 Cluster = Annotated[Link, Depends(_link)]
+Background = Annotated[Answering, Depends(_answering)]
 Caller = Annotated[Project, Depends(_caller)]
 RequestedBy = Annotated[str, Depends(_requested_by)]
