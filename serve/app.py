@@ -30,6 +30,7 @@ from serve.chat_answer import ChatAnswer
 from serve.chats import Chats
 from serve.completions import Completion
 from serve.engine import Engine
+from serve.engines import open_engine
 from serve.streams import sse
 from serve.tools import Form
 from trainers.chat import Chat
@@ -46,22 +47,22 @@ DRAIN_S = 120.0  # an unloaded model may finish the answers that it has begun; S
 def build(args: dict[str, Any]) -> Application:
     """For Serve's declarative config (`import_path: serve.app:build`).
 
-    args: `name` (echoed where no header names the model), `model_dir`, `token_file`, and optionally `max_adapter_bytes`
-    and `max_open` (MAX_OPEN).
+    args: `name` (echoed where no header names the model), `model_dir`, `token_file`, and optionally `max_open` (MAX_OPEN), `num_gpus`
+    (that a replica reserves; none without it) and what serve.engines.open_engine takes.
     """
 
     def asgi() -> Starlette:  # runs in the replica: only there is the model loaded
-        from serve.transformers_engine import TransformersEngine
-
-        limits = {k: args[k] for k in ("max_adapter_bytes",) if k in args}
-        engine = TransformersEngine(Path(args["model_dir"]), **limits)
+        engine = open_engine(args)
         token = Path(args["token_file"]).read_text(encoding="utf-8").strip()
         return application(engine, Chats(Path(args["model_dir"])), args["name"], token, args.get("max_open", MAX_OPEN))
 
     # Far more requests reach the replica than it answers: what is too much it says itself, in words that clients understand.
     # A local replica reserves no CPU: a training job beside it would otherwise wait for ever.
     deployment = ray_serve.deployment(
-        name="engine", max_ongoing_requests=2048, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=DRAIN_S
+        name="engine",
+        max_ongoing_requests=2048,
+        ray_actor_options={"num_cpus": 0, "num_gpus": args.get("num_gpus", 0)},
+        graceful_shutdown_timeout_s=DRAIN_S,
     )
     return deployment(ray_serve.ingress(asgi)()).bind()
 
@@ -164,7 +165,8 @@ class Server:
             chat = self.chats.of(adapter)
             for prompt in asked.prompts:
                 self._refuse_endless(chat, len(prompt.encode()) if isinstance(prompt, str) else 0, "prompt")
-            prompts = [completions.prompt_ids(chat, prompt, i) for i, prompt in enumerate(asked.prompts)]
+            most = self.engine.context - min(asked.max_tokens, 1)
+            prompts = [completions.prompt_ids(chat, prompt, i, most) for i, prompt in enumerate(asked.prompts)]
             return Completion(asked, self.engine, chat, prompts, model, adapter)
 
         return await self._respond(await asyncio.to_thread(read))

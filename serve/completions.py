@@ -49,7 +49,7 @@ def parse(body: bytes) -> CompletionRequest:
         raise UserError("`prompt` is empty.", "Send at least one prompt.", "prompt")
     if (count := len(asked.prompts) * asked.n) > MAX_SEQUENCES:
         raise UserError(
-            f"The request asks for {count:,} answers (prompts times `n`); the most is {MAX_SEQUENCES}.", "Send fewer at a time.", "prompt"
+            f"`prompt` asks for {count:,} answers (prompts times `n`); the most is {MAX_SEQUENCES}.", "Send fewer at a time.", "prompt"
         )
     if asked.best_of is not None and asked.best_of != asked.n:
         raise UserError("`best_of` is not supported.", "Leave it out, or ask for `n` answers and choose.", "best_of")
@@ -58,8 +58,8 @@ def parse(body: bytes) -> CompletionRequest:
     return asked
 
 
-def prompt_ids(chat: Chat, prompt: str | list[int], index: int) -> list[int]:
-    """Ids of a prompt. A text is read as training reads a row of plain text; nothing in it acts as a control token."""
+def prompt_ids(chat: Chat, prompt: str | list[int], index: int, most: int) -> list[int]:
+    """Ids of a prompt, at most so many. A text is read as training reads a row of plain text; nothing in it acts as a control token."""
     if isinstance(prompt, str):
         try:
             ids = chat.text_prompt(prompt)
@@ -72,6 +72,8 @@ def prompt_ids(chat: Chat, prompt: str | list[int], index: int) -> list[int]:
             raise UserError(f"`prompt` {index} has the token id {beyond}; this model has {size:,} tokens.", "Use its tokenizer.", "prompt")
     if not ids:
         raise UserError(f"`prompt` {index} is empty.", "Send some text.", "prompt")
+    if len(ids) > most:
+        raise UserError(f"`prompt` {index} has {len(ids)} tokens; this model's context leaves room for {most}.", "Shorten it.", "prompt")
     return ids
 
 

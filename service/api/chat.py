@@ -1,27 +1,30 @@
-"""/v1/chat/completions: authenticate, map the name, stream from the app on Ray Serve that answers for it."""
+"""/v1/chat/completions and /v1/completions: authenticate, map the name, stream from the app on Ray Serve that answers for it."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 import httpx
+import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from service.api import errors
 from service.api.auth import Caller, Cluster, Config, Db
 from service.api.models import target
 from trainers.errors import TuneyardError, Unavailable, UserError
 
-router = APIRouter(prefix="/v1/chat")
+router = APIRouter(prefix="/v1")
 
 PROBE_S = 0.25
 FORWARDED = ("content-type", "retry-after")
+EVENT_END = b"\n\n"
 
 
 class ServingFailed(TuneyardError):
@@ -30,6 +33,7 @@ class ServingFailed(TuneyardError):
     code = "serving_failed"
 
 
+@router.post("/chat/completions")
 @router.post("/completions")
 async def completions(request: Request, settings: Config, store: Db, link: Cluster, caller: Caller) -> Response:
     content = await request.body()
@@ -48,11 +52,12 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
     deadline = time.monotonic() + settings.chat_wait_s
     waits = False
     while True:
-        url = f"{link.serve_url(found.app)}/v1/chat/completions"
+        url = f"{link.serve_url(found.app)}{request.url.path}"
         upstream = await _send(request, http, http.build_request("POST", url, content=content, headers=encoded))
         if upstream is not None:
             kept = {k: v for k, v in upstream.headers.items() if k in FORWARDED}
-            return StreamingResponse(_relay(upstream), upstream.status_code, kept)
+            relay = _relay_events if kept.get("content-type", "").startswith("text/event-stream") else _relay
+            return StreamingResponse(relay(upstream), upstream.status_code, kept)
         if await request.is_disconnected():
             return Response(status_code=499)  # nobody reads it
         if not waits:
@@ -69,9 +74,9 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
 
 def _model_of(content: bytes) -> str:
     try:
-        body: Any = json.loads(content)
+        body: Any = orjson.loads(content)
     except ValueError:
-        raise UserError("The body is not JSON.", "Send a JSON object.") from None
+        raise UserError("The body is not JSON.", "Send a JSON object; JSON has no NaN and no Infinity.") from None
     name = body.get("model") if isinstance(body, dict) else None
     if not isinstance(name, str) or not name:
         raise UserError("`model` is missing.", "Name a model from GET /v1/models.", "model")
@@ -103,10 +108,29 @@ async def _send(request: Request, http: httpx.AsyncClient, outgoing: httpx.Reque
     raise ServingFailed(f"The serving app failed with status {upstream.status_code}.", "See the serving log of the cluster.", "model")
 
 
-async def _relay(upstream: httpx.Response) -> AsyncIterator[bytes]:
+async def _relay(upstream: httpx.Response) -> AsyncGenerator[bytes, None]:
     """Pass the body on as it comes; when the caller leaves, the connection to the app is closed, which ends the work there."""
     try:
         async for part in upstream.aiter_raw():
             yield part
     finally:
         await upstream.aclose()
+
+
+async def _relay_events(upstream: httpx.Response) -> AsyncIterator[bytes]:
+    """`_relay` of server-sent events, each whole. Where the app is lost in the middle, the last one says so: a stream that just ends would
+    be taken for a whole answer."""
+    waiting, last = b"", b""
+    try:
+        async with aclosing(_relay(upstream)) as parts:
+            async for part in parts:
+                whole, end, waiting = (waiting + part).rpartition(EVENT_END)
+                if end:
+                    last = whole.rpartition(EVENT_END)[2]
+                    yield whole + end
+        why = "its process ended"
+    except httpx.TransportError as error:
+        why = type(error).__name__
+    if last != b"data: [DONE]" and not last.startswith(b'data: {"error"'):
+        lost = Unavailable(f"The model was lost while it answered ({why}).", "Ask again.", "model")
+        yield b"data: " + orjson.dumps(errors.body(lost.status, str(lost), lost.code, lost.param, lost.remedy)) + EVENT_END

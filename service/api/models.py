@@ -57,19 +57,25 @@ def target(store: Store, settings: Settings, project: Project, name: str) -> Tar
     raise UnknownModel(f"There is no model `{name}`.", "List what there is with GET /v1/models.", "model")
 
 
-def _base_to_wire(id: str, base: str, created: float) -> dict[str, Any]:
-    alias = {"alias_of": base} if id != base else {}
-    return {"id": id, "object": "model", "created": int(created), "owned_by": "tuneyard", **alias}
+def _to_wire(id: str, created: float, owner: str, **tuneyard: Any) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": int(created), "owned_by": owner, "shutdown_date": None, "tuneyard": tuneyard}
+
+
+def _base_to_wire(settings: Settings, id: str, base: str, created: float) -> dict[str, Any]:
+    here = (settings.models / base / "config.json").exists()
+    alias = {"alias_of": base} if id != base else {}  # nobody shall take one model for another
+    return _to_wire(id, created, "tuneyard", kind="alias" if alias else "base", on_this_machine=here, **alias) | alias
 
 
 def _tuned_to_wire(job: Job, name: str) -> dict[str, Any]:
-    created = job.finished_at or job.created_at
-    return {"id": name, "object": "model", "created": int(created), "owned_by": job.project_id, "base": job.base, "job_id": job.id}
+    origin = {"base": job.base, "job_id": job.id}
+    kind = "checkpoint" if CHECKPOINT.fullmatch(name) else "tuned"
+    return _to_wire(name, job.finished_at or job.created_at, job.project_id, kind=kind, **origin) | origin
 
 
 @router.get("")
-def list_models(store: Db, caller: Caller) -> dict[str, Any]:
-    bases = [_base_to_wire(id, base.id, caller.created_at) for base in catalogue().values() for id in (base.id, *base.aliases)]
+def list_models(settings: Config, store: Db, caller: Caller) -> dict[str, Any]:
+    bases = [_base_to_wire(settings, id, base.id, caller.created_at) for base in catalogue().values() for id in (base.id, *base.aliases)]
     tuned = [_tuned_to_wire(job, job.model_name) for job in store.tuned(caller.id)]
     return {"object": "list", "data": bases + tuned}
 
@@ -79,7 +85,7 @@ def list_models(store: Db, caller: Caller) -> dict[str, Any]:
 def retrieve(settings: Config, store: Db, caller: Caller, model: str) -> dict[str, Any]:
     found = target(store, settings, caller, model)
     if not model.startswith("ft:"):
-        return _base_to_wire(model, found.app, caller.created_at)
+        return _base_to_wire(settings, model, found.app, caller.created_at)
     step = CHECKPOINT.fullmatch(model)
     job = store.job_by_model(caller.id, step[1] if step else model)
     assert job is not None  # `target` found it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,6 +109,34 @@ def served(tiny: Path, adapters: list[str], tmp_path_factory: pytest.TempPathFac
             process.wait()
         log.close()
         shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def direct(tiny: Path, adapters: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """serve.app over real HTTP, without Ray: what has nothing to do with Serve is tested on it, because it starts at once.
+
+    Its model is the tiny one with four times the context: tools take room in an alphabet of bytes.
+    """
+    import uvicorn
+
+    from serve.app import application
+    from serve.chats import Chats
+    from serve.transformers_engine import TransformersEngine
+
+    model = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("direct") / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    app = application(TransformersEngine(model), Chats(model), "tiny", "serving-token")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", "serving-token", adapters)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, wait_s: float = 120) -> None:

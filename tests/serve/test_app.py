@@ -7,27 +7,16 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from serve.deploy import application, deploy
+from tests.serve.asking import MESSAGES, ask, client
 from trainers.chat import Chat
 from trainers.errors import Unavailable
 from trainers.records import TEMPLATE_FILE, DeployRecord, ModelRecord, RunDir
-
-MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown fox"}]
-
-
-def client(served, adapter: str = "", **options) -> openai.OpenAI:
-    headers = {"x-tuneyard-model": "ft:tiny", "x-tuneyard-adapter": adapter}
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=served.token, default_headers=headers, max_retries=0, **options)
-
-
-def ask(served, adapter: str = "", **body):
-    return client(served, adapter).chat.completions.create(model="any", messages=MESSAGES, **{"temperature": 0, "max_tokens": 12, **body})
 
 
 def test_whole_answer(served, tiny: Path) -> None:

@@ -448,6 +448,14 @@ def test_models_and_their_aliases(service: Service) -> None:
     found = {m.id: m.to_dict() for m in client.models.list()}
     assert "alias_of" not in found[BASE] and found["gpt-4o-mini"]["alias_of"] == BASE
     assert client.models.retrieve(BASE).owned_by == "tuneyard"
+    assert {m["shutdown_date"] for m in found.values()} == {None}
+    assert found["gpt-4o-mini"]["tuneyard"] == {"kind": "alias", "on_this_machine": False, "alias_of": BASE}
+    folder = service.settings.models / BASE
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    here: Any = client.models.retrieve(BASE).to_dict()
+    shutil.rmtree(folder)
+    assert here["tuneyard"] == {"kind": "base", "on_this_machine": True}
     assert Model.model_validate(found[BASE], strict=True)
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("ft:org/base:x::y")  # arrives with a slash in it

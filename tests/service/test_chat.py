@@ -39,12 +39,16 @@ class Upstream:
         self.closed = threading.Event()
 
     def app(self) -> Starlette:
-        return Starlette(routes=[Route("/{app}/v1/chat/completions", self.chat, methods=["POST"])])
+        paths = ("/{app}/v1/chat/completions", "/{app}/v1/completions")
+        return Starlette(routes=[Route(path, self.chat, methods=["POST"]) for path in paths])
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
         self.asked.append((dict(request.headers), body))
         self.apps.append(request.path_params["app"])
+        if request.url.path.endswith("/v1/completions") and "prompt" in body:
+            choice = {"index": 0, "text": " there", "finish_reason": "stop", "logprobs": None}
+            return JSONResponse({"id": "c", "object": "text_completion", "created": 1, "model": "x", "choices": [choice]})
         if self.answer == "refuse":
             return JSONResponse({"error": {"message": "no", "type": "invalid_request_error", "param": "stop", "code": "x"}}, 400)
         if self.answer == "starting":
@@ -71,6 +75,11 @@ class Upstream:
                 chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": body["model"], "choices": [delta]}
                 yield f"data: {json.dumps(chunk)}\n\n"
                 await asyncio.sleep(0.2)
+                if self.answer in ("die", "stop"):
+                    yield f"data: {json.dumps(chunk)[:20]}"  # and the rest of it never comes
+                    if self.answer == "stop":
+                        return
+                    raise RuntimeError("the engine's process ends")
             yield "data: [DONE]\n\n"
         finally:
             self.closed.set()
@@ -199,6 +208,8 @@ def test_only_checkpoints_that_can_be_called_are_listed(
             client.chat.completions.create(model=checkpoint, messages=HI)
     else:
         assert [c.fine_tuned_model_checkpoint for c in listed] == [checkpoint]
+        wire: Any = client.models.retrieve(checkpoint)
+        assert (wire.id, wire.tuneyard["kind"], wire.tuneyard["base"]) == (checkpoint, "checkpoint", BASE)
         client.chat.completions.create(model=checkpoint, messages=HI)
         assert upstream.apps == [BASE] and upstream.asked[0][0]["x-tuneyard-adapter"] == str(adapter)
 
@@ -223,6 +234,32 @@ def test_who_leaves_frees_the_model(service: Service, upstream: Upstream, how: s
         with pytest.raises(openai.APITimeoutError):
             client.chat.completions.create(model=BASE, messages=HI)
     wait_for(upstream.closed.is_set, 5)
+
+
+@pytest.mark.parametrize("how", ["die", "stop"])
+def test_a_model_that_is_lost_in_the_middle_ends_the_stream_with_an_error(client: OpenAI, upstream: Upstream, how: str) -> None:
+    upstream.answer = how
+    text = ""
+    with pytest.raises(openai.APIError, match="lost while it answered") as caught:
+        for chunk in client.chat.completions.create(model=BASE, messages=HI, stream=True):
+            text += chunk.choices[0].delta.content or ""
+    assert text == "0 " and caught.value.code == "unavailable"
+    upstream.answer = ""
+    assert client.chat.completions.create(model=BASE, messages=HI).choices[0].message.content == "hello"
+
+
+def test_text_completions(client: OpenAI, upstream: Upstream) -> None:
+    answer = client.completions.create(model=BASE, prompt=[[1, 2], [3]], echo=True, logprobs=1)
+    assert answer.choices[0].text == " there"
+    assert upstream.asked[0][1] == {"model": BASE, "prompt": [[1, 2], [3]], "echo": True, "logprobs": 1}
+
+
+@pytest.mark.parametrize("raw", [b"{", b"[]", b'{"model": "x", "temperature": NaN}', b'{"model": 3}', b"\xff"])
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_bodies_that_are_no_request(service: Service, raw: bytes, path: str) -> None:
+    key = {"authorization": f"Bearer {service.key('acme')}"}
+    answer = httpx.post(f"{service.base_url}/{path}", content=raw, headers=key)
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_the_apps_refusal_is_passed_on(client: OpenAI, upstream: Upstream) -> None:
