@@ -381,6 +381,20 @@ class KeptRecord(Record):
     value: Any
 
 
+class BenchmarkResult(BaseModel):
+    """A task of lm-evaluation-harness on both models."""
+
+    task: str
+    metric: str
+    """As the harness names it, for example `acc,none`."""
+    base: float
+    tuned: float
+    """Tuned minus base, below zero, is what was forgotten."""
+    base_error: float | None = None
+    """Standard error, where the harness gives one."""
+    tuned_error: float | None = None
+
+
 class EvaluationRecord(Record):
     """The evaluate stage is done (`evaluation.json`). Every answer lies beside it, in `answers.jsonl`."""
 
@@ -391,6 +405,7 @@ class EvaluationRecord(Record):
     """What was compared."""
     loss: LossResult | None = None
     judge: JudgeResult | None = None
+    benchmarks: list[BenchmarkResult] = []
 
 
 class OutcomeRecord(Record):
