@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from serve.engine import GenerateRequest, TokenEvent
+from serve.engine import GenerateRequest, Grammar, PromptEvent, TokenEvent
 from serve.transformers_engine import MAX_ROWS, PREFILL_TOKENS, TransformersEngine
 from trainers.chat import Chat
 from trainers.errors import ModelError, Unavailable, UserError
@@ -25,6 +26,15 @@ def engine(tiny: Path) -> Iterator[TransformersEngine]:
     engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by sharing their work out, the more the busier the machine is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +238,133 @@ def test_no_nucleus_and_no_heat_are_greedy(engine: TransformersEngine) -> None:
     assert [ids_of(e) for e in ask(engine, narrow, cold)] == [likeliest, likeliest]
 
 
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+def reference_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
+    """Of every next token: T x V, by transformers' own forward."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def check_scores(scores: Any, tops: Any, ids: list[int], logprobs_TV: torch.Tensor, num_top: int) -> None:
+    for id, logprob, top, row in zip(ids, scores, tops, logprobs_TV, strict=True):
+        assert logprob == pytest.approx(float(row[id]), abs=1e-4)
+        best = row.topk(num_top).values.tolist()
+        assert [p for _, p in top] == pytest.approx(best, abs=1e-4)
+        assert [float(row[i]) for i, _ in top] == pytest.approx(best, abs=1e-4)
+
+
+def test_log_probabilities_of_answers(engine: TransformersEngine, reference: Any) -> None:
+    grammar = Grammar("regex", "[a-z ]{1,30}")
+    requests = [
+        greedy(prompt_ids=prompt(9), logprobs=5),
+        GenerateRequest(prompt_ids=prompt(30), logprobs=2, max_tokens=12, temperature=2.0, top_p=0.9, frequency_penalty=1.0, seed=1),
+        GenerateRequest(prompt_ids=prompt(3), logprobs=2, max_tokens=12, grammar=grammar, logit_bias={70: 3.0}, seed=2),
+        greedy(prompt_ids=prompt(9), logprobs=0),
+        greedy(prompt_ids=prompt(9)),
+    ]
+    answers = ask(engine, *requests)
+    for request, events in zip(requests[:4], answers[:4], strict=True):
+        ids = ids_of(events)
+        logprobs_TV = reference_logprobs(reference, request.prompt_ids + ids)[len(request.prompt_ids) - 1 : -1]
+        check_scores([e.logprob for e in events], [e.top for e in events], ids, logprobs_TV, request.logprobs or 0)
+    assert ids_of(answers[3]) == ids_of(answers[4]) and all(e.logprob is None and e.top == () for e in answers[4])
+
+
+def everything(engine: TransformersEngine, *requests: GenerateRequest) -> list[list[Any]]:
+    async def one(request: GenerateRequest) -> list[Any]:
+        return [event async for event in engine.generate(request)]
+
+    async def main() -> list[list[Any]]:
+        return await asyncio.gather(*(one(r) for r in requests))
+
+    return asyncio.run(main())
+
+
+def test_log_probabilities_of_prompts(engine: TransformersEngine, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.transformers_engine.SCORED_LOGITS", 300 * 50)  # fifty tokens at a time
+    lengths = (1, 2, 300, 490, 40)  # together read in several steps, one of them beginning inside a prompt
+    requests = [greedy(prompt_ids=prompt(n), prompt_logprobs=3, max_tokens=4) for n in lengths]
+    for request, events in zip(requests, everything(engine, *requests), strict=True):
+        first, *tokens = events
+        assert isinstance(first, PromptEvent) and first.logprobs[0] is None and first.top[0] == ()
+        logprobs_TV = reference_logprobs(reference, request.prompt_ids)
+        check_scores(first.logprobs[1:], first.top[1:], request.prompt_ids[1:], logprobs_TV[:-1], 3)
+        assert ids_of(tokens) == expected(reference, request.prompt_ids, 4)
+
+
+def test_a_prompt_can_be_scored_without_an_answer(engine: TransformersEngine, reference: Any) -> None:
+    whole = prompt(512)  # the context leaves no room for an answer, and none is asked for
+    company = greedy(prompt_ids=prompt(7))
+    scored, tokens = everything(engine, greedy(prompt_ids=whole, prompt_logprobs=0, max_tokens=0), company)
+    assert len(scored) == 1 and len(scored[0].logprobs) == 512
+    check_scores(scored[0].logprobs[1:], [()] * 511, whole[1:], reference_logprobs(reference, whole)[:-1], 0)
+    assert ids_of(tokens) == expected(reference, prompt(7))
+    wait_until(lambda: engine.num_running == 0)
+
+
+# -- what was read before ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(tiny: Path) -> Iterator[tuple[TransformersEngine, list[int]]]:
+    """An engine of its own, and the number of tokens of each of its forward passes."""
+    engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1)
+    sizes: list[int] = []
+    hook = engine._model.get_decoder().layers[0].register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[1]))  # type: ignore[union-attr]
+    yield engine, sizes
+    hook.remove()
+    engine.close()
+
+
+def test_the_next_turn_reads_only_what_is_new(reads: tuple[TransformersEngine, list[int]], reference: Any) -> None:
+    engine, sizes = reads
+    history = prompt(60)
+    for turn in range(4):
+        sizes.clear()
+        fresh = greedy(prompt_ids=history, logprobs=3)
+        events = ask(engine, fresh)[0]
+        assert ids_of(events) == expected(reference, history)
+        logprobs_TV = reference_logprobs(reference, history + ids_of(events))[len(history) - 1 : -1]
+        check_scores([e.logprob for e in events], [e.top for e in events], ids_of(events), logprobs_TV, 3)
+        assert sizes[0] == (60 if turn == 0 else 11)  # the answer's last token was never read
+        history = history + ids_of(events) + prompt(10, seed=turn)
+
+
+def test_a_shared_beginning_is_read_once(reads: tuple[TransformersEngine, list[int]], reference: Any) -> None:
+    engine, sizes = reads
+    system = prompt(200)
+    prompts = [system + prompt(5 + i, seed=i) for i in range(12)]
+    for ids, events in zip(prompts, ask(engine, *(greedy(prompt_ids=p, max_tokens=3) for p in prompts)), strict=True):
+        assert ids_of(events) == expected(reference, ids, 3)
+    assert sum(sizes) < 200 + 12 * 30
+    sizes.clear()
+    same = ask(engine, *(greedy(prompt_ids=system, seed=i, max_tokens=3) for i in range(4)))  # as for n = 4
+    assert all(ids_of(e) == expected(reference, system, 3) for e in same) and sum(sizes) < 30
+
+
+def test_beginnings_of_one_adapter_are_not_anothers(reads: tuple[TransformersEngine, list[int]], tiny: Path, adapters: list[str]) -> None:
+    engine, _ = reads
+    ids = prompt(80)
+    for adapter in (None, *adapters, None, *adapters):
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter)
+        assert ids_of(ask(engine, greedy(prompt_ids=ids, adapter=adapter, max_tokens=5))[0]) == expected(model, ids, 5)
+
+
+def test_what_is_kept_is_bounded(tiny: Path, reference: Any) -> None:
+    engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1, max_prefix_bytes=100_000)
+    for seed in range(8):
+        ids = prompt(150, seed=seed)
+        assert ids_of(ask(engine, greedy(prompt_ids=ids, max_tokens=4))[0]) == expected(reference, ids, 4)
+        assert engine._prefixes.num_bytes <= 100_000
+    kept = engine._prefixes
+    assert kept.num_bytes == sum(p.num_bytes for p in kept._kept.values()) and len(kept._kept) >= 1
+    engine.close()
+
+
 # -- leaving -----------------------------------------------------------------------------------------------------------
 
 
@@ -269,3 +406,95 @@ def test_close_ends_what_runs(tiny: Path) -> None:
     asyncio.run(main())
     with pytest.raises(Unavailable, match="stopped"):
         ask(engine, greedy(prompt_ids=prompt(5)))
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_step_ends_its_answers_and_nothing_else(tiny: Path, reference: Any, adapters: list[str]) -> None:
+    engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1)
+    layer: Any = engine._model.get_decoder().layers[1]
+    left = [5]
+
+    def fail(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("out of luck")
+
+    hook = layer.register_forward_pre_hook(fail)
+
+    async def main() -> list[Any]:
+        requests = [greedy(prompt_ids=prompt(5 + i), adapter=(None, adapters[0])[i % 2], max_tokens=50) for i in range(6)]
+        return await asyncio.gather(*(collect(engine, r) for r in requests), return_exceptions=True)
+
+    assert all(isinstance(outcome, Unavailable) and "RuntimeError" in str(outcome) for outcome in asyncio.run(main()))
+    hook.remove()
+    assert ids_of(ask(engine, greedy(prompt_ids=prompt(8)))[0]) == expected(reference, prompt(8))
+    assert engine.num_running == 0 and [a.num_users for a in engine.adapters._loaded.values()] == [0]
+    engine.close()
+
+
+def test_five_hundred_requests_at_a_time(engine: TransformersEngine, reference: Any) -> None:
+    wanted = {n: expected(reference, prompt(n), 2) for n in range(3, 8)}
+    requests = [greedy(prompt_ids=prompt(3 + i % 5), max_tokens=2) for i in range(500)]
+    for request, events in zip(requests, ask(engine, *requests), strict=True):
+        assert ids_of(events) == wanted[len(request.prompt_ids)]
+    assert engine._cache.num_slots <= MAX_ROWS
+
+
+def test_more_than_it_holds_is_refused(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.transformers_engine.MAX_OPEN", 5)
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(collect(engine, greedy(prompt_ids=prompt(4))) for _ in range(9)), return_exceptions=True)
+
+    outcomes = asyncio.run(main())
+    assert sum(isinstance(o, Unavailable) for o in outcomes) == 4 and sum(isinstance(o, list) for o in outcomes) == 5
+    monkeypatch.undo()
+    assert engine.stats()["waiting"] == 0 and len(ask(engine, greedy(prompt_ids=prompt(4)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt_ids": []}, "no tokens"),
+        ({"prompt_ids": [5, 300]}, "300"),
+        ({"prompt_ids": [-1]}, "-1"),
+        ({"logit_bias": {9999: 1.0}}, "9999"),
+        ({"max_tokens": 0}, "nothing to generate"),
+        ({"adapter": "/nowhere"}, "not a readable PEFT"),
+    ],
+)
+def test_what_would_harm_a_step_is_refused_first(engine: TransformersEngine, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        ask(engine, greedy(**{"prompt_ids": prompt(4), **fields}))
+
+
+def test_an_evicted_adapter_ends_with_its_last_stream(tiny: Path, adapters: list[str], tmp_path: Path) -> None:
+    engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1)
+    folder = shutil.copytree(adapters[0], tmp_path / "adapter")
+    asked = greedy(prompt_ids=prompt(9), adapter=str(folder), max_tokens=100)
+    whole = ids_of(ask(engine, asked)[0])
+
+    async def main() -> list[int]:
+        async with aclosing(engine.generate(asked)) as stream:
+            ids = [(await anext(stream)).id]  # type: ignore[union-attr]
+            shutil.rmtree(folder)
+            engine.evict(str(folder))
+            assert engine.adapters.loaded() == [] and engine.stats()["adapter_bytes"] > 0
+            with pytest.raises(ModelError):
+                await collect(engine, asked)
+            return ids + [event.id async for event in stream if isinstance(event, TokenEvent)]
+
+    assert asyncio.run(main()) == whole
+    wait_until(lambda: engine.num_running == 0 and not engine._mix.adapters)
+    assert engine.stats()["adapter_bytes"] == 0
+    engine.evict("/never/there")
+    engine.close()
+
+
+def test_a_tokens_bytes(engine: TransformersEngine, tiny: Path) -> None:
+    chat = Chat.load(tiny)
+    text = "the fox: né 🦊 <filename>"
+    assert b"".join(map(engine.piece, chat.encoder.encode(text, "start"))).decode() == text
+    assert {engine.piece(id) for id in chat.stop_ids} == {b""} and engine.piece(10**6) == engine.piece(-1) == b""
