@@ -481,33 +481,30 @@ def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL [MODEL2]", help="A model; or two, whose answers stand side by side.")],
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask once instead of talking.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.", show_default="what fits")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same answers again.")] = None,
     home: HomeOption = None,
 ) -> None:
-    """Talk to a model; an empty line or Ctrl-D ends it."""
+    """Talk to a model, or to two side by side. In a pipe, standard input is one question. `/help` lists the commands."""
+    from service.chatting import Chat, typed
+
+    if len(models) > 2:
+        raise typer.BadParameter("One model or two.", param_hint="MODEL")
     client = _client(home)
-    said: list[Any] = [{"role": "system", "content": system}] if system else []
-    while True:
-        try:
-            line = message if message is not None else input("> ")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        said.append({"role": "user", "content": line})
-        answer = ""
-        for chunk in client.openai.chat.completions.create(model=model, messages=said, temperature=temperature, stream=True):
-            for choice in chunk.choices:
-                answer += choice.delta.content or ""
-                sys.stdout.write(choice.delta.content or "")
-                sys.stdout.flush()
-        sys.stdout.write("\n")
-        said.append({"role": "assistant", "content": answer})
-        if message is not None:
-            return
+    given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    talk = Chat(client.openai, models, out, system, {name: value for name, value in given.items() if value is not None})
+    question = message if message is not None or sys.stdin.isatty() else sys.stdin.read().strip()
+    if question is None:
+        talk.run(typed())
+    elif question:
+        talk.ask(question)
+    else:
+        raise UserError("There is no question.", "Write one to standard input, or give it with -m.")
 
 
 @app.command("eval")

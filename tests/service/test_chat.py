@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,7 @@ import openai
 import pytest
 from openai import OpenAI
 from servicekit import BASE, Service, service_on, serving, wait_for
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from upstream import Upstream
 
 from cluster.local import free_ports
 from cluster.ray_rest import RayRest
@@ -27,62 +22,6 @@ from service.store import Checkpoint, new_id
 from trainers.records import ModelRecord, RunDir
 
 HI: Any = [{"role": "user", "content": "hi"}]
-
-
-class Upstream:
-    """In the place of Ray Serve and its apps: keeps what it was asked, and answers as it is told."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[dict[str, str], dict[str, Any]]] = []
-        self.apps: list[str] = []
-        self.answer = ""
-        self.closed = threading.Event()
-
-    def app(self) -> Starlette:
-        paths = ("/{app}/v1/chat/completions", "/{app}/v1/completions")
-        return Starlette(routes=[Route(path, self.chat, methods=["POST"]) for path in paths])
-
-    async def chat(self, request: Request) -> Response:
-        body = await request.json()
-        self.asked.append((dict(request.headers), body))
-        self.apps.append(request.path_params["app"])
-        if request.url.path.endswith("/v1/completions") and "prompt" in body:
-            choice = {"index": 0, "text": " there", "finish_reason": "stop", "logprobs": None}
-            return JSONResponse({"id": "c", "object": "text_completion", "created": 1, "model": "x", "choices": [choice]})
-        if self.answer == "refuse":
-            return JSONResponse({"error": {"message": "no", "type": "invalid_request_error", "param": "stop", "code": "x"}}, 400)
-        if self.answer == "starting":
-            self.answer = ""
-            return PlainTextResponse("Path not found", 404)
-        if self.answer == "break":
-            return PlainTextResponse("Internal Server Error", 500)
-        if self.answer == "think":
-            while not await request.is_disconnected():
-                await asyncio.sleep(0.05)
-            self.closed.set()
-        if body.get("stream"):
-            return StreamingResponse(self.stream(body), media_type="text/event-stream")
-        message = {"role": "assistant", "content": "hello"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-        return JSONResponse(
-            {"id": "c", "object": "chat.completion", "created": 1, "model": request.headers["x-tuneyard-model"], "choices": [choice]}
-        )
-
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        try:
-            for n in range(1000 if self.answer == "endless" else 3):
-                delta = {"index": 0, "delta": {"content": f"{n} "}, "finish_reason": None}
-                chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": body["model"], "choices": [delta]}
-                yield f"data: {json.dumps(chunk)}\n\n"
-                await asyncio.sleep(0.2)
-                if self.answer in ("die", "stop"):
-                    yield f"data: {json.dumps(chunk)[:20]}"  # and the rest of it never comes
-                    if self.answer == "stop":
-                        return
-                    raise RuntimeError("the engine's process ends")
-            yield "data: [DONE]\n\n"
-        finally:
-            self.closed.set()
 
 
 @pytest.fixture
