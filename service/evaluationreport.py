@@ -29,6 +29,10 @@ def lines(record: EvaluationRecord) -> list[str]:
         told.append(_loss_line(record.loss))
     if record.judge and record.judge.win_rate is not None:
         told.append(_judge_line(record.judge))
+    told += [
+        f"{row.task}: {row.metric} base {row.base:.4g}, tuned {row.tuned:.4g} (tuned minus base {row.tuned - row.base:+.4g})."
+        for row in record.benchmarks
+    ]
     return told
 
 
@@ -80,7 +84,18 @@ def renderable(record: EvaluationRecord) -> RenderableType:
         parts += [Text(""), Text(_loss_line(record.loss))]
     if record.judge:
         parts += [Text(""), _judged(record.judge)]
+    if record.benchmarks:
+        parts += [Text(""), _benchmarks(record)]
     return Group(*parts)
+
+
+def _benchmarks(record: EvaluationRecord) -> RenderableType:
+    table = Table(title="Benchmarks (lm-evaluation-harness); tuned minus base below zero is what was forgotten", title_justify="left")
+    for name in ("task", "metric", "base", "tuned", "difference"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for row in record.benchmarks:
+        table.add_row(visible(row.task), row.metric, f"{row.base:.4g}", f"{row.tuned:.4g}", f"{row.tuned - row.base:+.4g}")
+    return table
 
 
 def _told(task: TaskResult) -> list[RenderableType]:

@@ -114,7 +114,11 @@ class Evaluations:
             move(self.store, row.id, ("running",), status=status, error=outcome.error, submitted=False)
         elif state != "alive":
             if row.attempt >= MOST_ATTEMPTS:
-                error = {"code": "worker_lost", "message": f"It was lost {row.attempt} times: {words}", "param": None}
+                error = {
+                    "code": "worker_lost",
+                    "message": f"It was lost {row.attempt} times: {self._last_words(row) or words}",
+                    "param": None,
+                }
                 move(self.store, row.id, ("running",), status="failed", error=error, submitted=False)
             else:
                 move(self.store, row.id, ("running",), attempt=row.attempt + 1, submitted=False)
@@ -130,6 +134,14 @@ class Evaluations:
         command = f"exec {shlex.quote(sys.executable)} -m service.evaluating {shlex.quote(str(run.root))} --attempt {row.attempt}"
         self.link.ray.submit(_submission(row), f"{command} >> {shlex.quote(str(log_file))} 2>&1")
         move(self.store, row.id, ("running",), submitted=True)
+
+    def _last_words(self, row: Evaluation) -> str:
+        """The last line of what the attempt printed."""
+        try:
+            text = (folder(self.settings, row.id) / "logs" / f"attempt-{row.attempt:04d}.log").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
 
     def _release(self, row: Evaluation) -> None:
         """It was cancelled: a later attempt's lease keeps the old one from writing while it dies."""

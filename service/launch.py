@@ -77,7 +77,7 @@ def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir, moments: dict[str, f
 
     model = merge_stage(spec, base, model_dir, prepared, trained, run)
     if spec.deploy.serve and order.serve_url is not None:
-        deploy_stage(order, model_dir, model, run)
+        deploy_stage(order, model_dir, model, run, spec, prepared)
         evaluate_stage(spec, order, model, run)
     return OutcomeRecord(status="succeeded")
 
@@ -137,13 +137,28 @@ def merge_stage(spec: JobSpec, base: Base, model_dir: Path, prepared: PrepareRec
     return export.export_all(run, spec, record, show)
 
 
-def deploy_stage(order: LaunchOrder, model_dir: Path, model: ModelRecord, run: RunDir) -> None:
+def deploy_stage(
+    order: LaunchOrder, model_dir: Path, model: ModelRecord, run: RunDir, spec: JobSpec | None = None, prepared: PrepareRecord | None = None
+) -> None:
+    """With spec and prepared data, the served model is also held to what the trained one says of held-out conversations."""
     if run.read("deploy.json", DeployRecord) is not None:
         return
     assert order.serve_url is not None and order.serve_token_file is not None
-    token = Path(order.serve_token_file).read_text(encoding="utf-8").strip()
-    record = deploy(run, model, order.model_name, _url_of(model, order), token, _chat(model_dir, run))
+    token, chat = Path(order.serve_token_file).read_text(encoding="utf-8").strip(), _chat(model_dir, run)
+    found = []
+    if spec is not None and prepared is not None:
+        from service import identity  # torch is heavy
+
+        run.progress("deploy", doing="scoring held-out conversations with what was trained")
+        found = identity.replays(spec, model_dir, model, Path(prepared.store), chat, run)
+    record = deploy(run, model, order.model_name, _url_of(model, order), token, chat, replays=found)
     run.event(f"{order.model_name} answers (first answer after {record.first_answer_s:.1f} s).")
+    if record.tolerance is not None:
+        run.event(
+            f"Served as trained: {record.replayed} held-out conversations, {record.compared_tokens} tokens; log-probabilities "
+            f"{record.mean_difference:.3f} nats apart in the mean, {record.max_difference:.3f} at most (allowed: {record.tolerance[0]}, "
+            f"{record.tolerance[1]})."
+        )
 
 
 def evaluate_stage(spec: JobSpec, order: LaunchOrder, model: ModelRecord, run: RunDir) -> None:

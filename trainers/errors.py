@@ -107,6 +107,13 @@ class Unavailable(TuneyardError):
     status = 503
 
 
+class ServingDiffers(Unavailable):
+    """The serving app is there, but does not read or compute what training did: trying again changes nothing."""
+
+    code = "serving_differs"
+    retry = False
+
+
 class CheckpointError(TuneyardError):
     """A checkpoint is incomplete or damaged: its manifest does not match its files."""
 

@@ -263,6 +263,14 @@ class DeployRecord(Record):
     """The name that answers at the service's base_url."""
     first_answer_s: float
     """Seconds from asking to the first answer."""
+    replayed: int = 0
+    """Held-out conversations whose prompts were compared id for id, and their answers by log-probability."""
+    compared_tokens: int = 0
+    mean_difference: float | None = None
+    """Mean distance of the served model's log-probabilities of those tokens from the trained model's, in nats."""
+    max_difference: float | None = None
+    tolerance: tuple[float, float] | None = None
+    """What the two may be at most."""
 
 
 Pair = tuple[float, float]
