@@ -558,8 +558,11 @@ def evaluate(
                 answers.judge_by(Judge(url=judge[0], model=judge[1], cases=judge_cases), record, kept, show)
     if benchmark:
         from service.harness import run_benchmarks
+        from trainers.catalogue import find
 
-        record.benchmarks = run_benchmarks(client, benchmark, record.base, record.tuned, err.print)
+        tokenizer = Settings.load(home=home).models / find(created["base"]).id
+        key, url = str(client.openai.api_key), str(client.openai.base_url)
+        record.benchmarks = run_benchmarks(url, key, tokenizer, benchmark, record.base, record.tuned, err.print)
     told = {"id": created["id"], **record.model_dump(mode="json")}
     for path in output or []:
         _write(path, evaluationreport.page(record) if path.suffix == ".html" else json.dumps(told, indent=2) + "\n")
