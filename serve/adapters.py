@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from serve.packed import packed
 from serve.plain import beyond_plain
 from trainers.errors import ModelError, Unavailable
 
@@ -171,6 +173,10 @@ class AdapterRegistry:
             self._leaving.add(adapter)
 
 
+PATIENCE_STEPS = 32
+"""That a mix stays larger than twice of what is used."""
+
+
 @dataclass
 class Mix:
     """Which adapters the current batch uses, shared by all adapted layers of one model."""
@@ -180,21 +186,27 @@ class Mix:
     """1 where the token's own adapter has its ranks; None for a batch of the bare base."""
     stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Module name -> (A of shape R x I, B of shape R x O); modules that no adapter touches are left out."""
+    _wasteful_steps: int = 0
 
-    def choose(self, adapters_T: list[Adapter | None]) -> None:
+    def choose(self, adapters_T: Sequence[Adapter | None]) -> None:
         """Set the batch: one adapter (or none) for each token."""
         present = dict.fromkeys(a for a in adapters_T if a is not None)
         if not present:
             self.mask_TR = None
             return
-        if not present.keys() <= set(self.adapters) or any(a.is_gone and a not in present for a in self.adapters):
-            # Stacking takes longer than a few idle ranks do: who was here stays a while, as far as it does not double the work.
-            room, idle = sum(a.rank for a in present), list[Adapter]()
+        # Stacking takes longer than a few idle ranks do: who was here stays a while, as far as it does not double the work.
+        room = sum(a.rank for a in present)
+        is_wasteful = sum(a.rank for a in self.adapters) > 2 * room
+        self._wasteful_steps = self._wasteful_steps + 1 if is_wasteful else 0
+        is_missing = not present.keys() <= set(self.adapters)
+        if is_missing or self._wasteful_steps > PATIENCE_STEPS or any(a.is_gone and a not in present for a in self.adapters):
+            idle = list[Adapter]()
             for adapter in self.adapters:
                 if adapter not in present and not adapter.is_gone and adapter.rank <= room:
                     idle.append(adapter)
                     room -= adapter.rank
             self._stack((*present, *idle))
+            self._wasteful_steps = 0
         dtype = next(iter(self.stacked.values()))[0].dtype
         place = {a: i for i, a in enumerate(self.adapters)}
         owner_R = torch.tensor([i for a, i in place.items() for _ in range(a.rank)])
@@ -237,7 +249,7 @@ class Mix:
 class MixedLinear(nn.Module):
     """A linear layer plus what the batch's adapters add to it."""
 
-    def __init__(self, linear: nn.Linear, name: str, mix: Mix) -> None:
+    def __init__(self, linear: nn.Module, name: str, mix: Mix) -> None:
         super().__init__()
         self.linear, self.name, self.mix = linear, name, mix
 
@@ -257,5 +269,5 @@ def make_adaptable(model: nn.Module) -> tuple[Mix, dict[str, tuple[int, int]]]:
         if isinstance(module, nn.Linear) and ".layers." in name:
             shapes[name] = (module.out_features, module.in_features)
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, MixedLinear(module, name, mix))
+            setattr(model.get_submodule(parent), leaf, MixedLinear(packed(module), name, mix))
     return mix, shapes

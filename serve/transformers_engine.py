@@ -25,6 +25,7 @@ import torch
 from serve.adapters import Adapter, AdapterRegistry, make_adaptable
 from serve.engine import GenerateRequest, PromptEvent, TokenEvent
 from serve.grammar import Follower, Grammars
+from serve.packed import packed
 from serve.prefixes import SHORTEST, Prefix, PrefixStore, shared
 from serve.sampling import NOTHING, Choice, Scores, choose, score
 from serve.slots import ATTENTION, Segment, SlotCache, Step, causal_mask
@@ -106,6 +107,7 @@ class TransformersEngine:
         self._chat = Chat.load(model_dir)
         self._pieces = pieces(self._chat)
         self._mix, shapes = make_adaptable(self._model)
+        self._head = packed(self._model.get_output_embeddings())  # type: ignore[arg-type]
         self._cache = SlotCache(self._model.config, dtype)
         self._prefixes = PrefixStore(max_prefix_bytes)
         self._dtype = dtype
@@ -350,8 +352,7 @@ class TransformersEngine:
 
     def _logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
         """fp32, N x V."""
-        head: Any = self._model.get_output_embeddings()
-        return head(hidden_NE).float()
+        return self._head(hidden_NE).float()
 
     def _score_prompt(self, row: Row, hidden_TE: torch.Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow those just read; never many logits at a time."""

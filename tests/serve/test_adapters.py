@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve.adapters import Adapter, AdapterRegistry, Mix, load_adapter, make_adaptable
+from serve.adapters import PATIENCE_STEPS, Adapter, AdapterRegistry, Mix, load_adapter, make_adaptable
 from trainers import model as base_model
 from trainers.errors import ModelError, Unavailable
 
@@ -147,3 +147,8 @@ def test_idle_adapters_stay_in_the_mix_only_while_they_are_cheap(adapters, shape
     assert set(mix.adapters) == {a, b, c}  # 6 idle ranks beside 8
     mix.choose([a])
     assert mix.mask_TR is not None and mix.mask_TR.sum() == 4
+    for _ in range(PATIENCE_STEPS - 1):  # the step before was one already
+        mix.choose([b, b])
+        assert set(mix.adapters) == {a, b, c}
+    mix.choose([b])
+    assert set(mix.adapters) == {b}

@@ -71,6 +71,7 @@ def test_rows_do_not_feel_each_other() -> None:
     ]
     logits_NV = logits(len(settings))
     together, alone = [choice(**s) for s in settings], [choice(**s) for s in settings]
+    ids: list[int] = []
     for _ in range(5):
         ids, scores = choose(logits_NV.clone(), together)
         for i, one in enumerate(alone):
@@ -81,7 +82,8 @@ def test_rows_do_not_feel_each_other() -> None:
 def test_no_nucleus_and_no_heat_are_greedy() -> None:
     logits_NV = logits(4)
     likeliest = logits_NV.argmax(-1).tolist()
-    for fields in ({"top_p": 0.0}, {"temperature": 1e-4}, {"temperature": 1e-30}, {"top_k": 1}):
+    settings: list[dict[str, Any]] = [{"top_p": 0.0}, {"temperature": 1e-4}, {"temperature": 1e-30}, {"top_k": 1}]
+    for fields in settings:
         assert choose(logits_NV.clone(), [choice(**fields) for _ in range(4)])[0] == likeliest
 
 

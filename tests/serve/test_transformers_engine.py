@@ -148,11 +148,11 @@ def test_a_live_stream_keeps_its_adapter(tiny: Path, adapters: list[str]) -> Non
 
     async def main() -> list[int]:
         async with aclosing(engine.generate(greedy(prompt_ids=prompt(9), adapter=adapters[0], max_tokens=300))) as stream:
-            ids = [(await anext(stream)).id]
+            ids = [(await anext(stream)).id]  # type: ignore[union-attr]
             for other in (*adapters[1:], *adapters[1:]):
                 await collect(engine, greedy(prompt_ids=prompt(5), adapter=other, max_tokens=2))
                 assert adapters[0] in engine.adapters.loaded() and len(engine.adapters.loaded()) == 2
-            return ids + [event.id async for event in stream]
+            return ids + [event.id async for event in stream if isinstance(event, TokenEvent)]
 
     assert asyncio.run(main()) == alone
     engine.close()
@@ -312,7 +312,8 @@ def reads(tiny: Path) -> Iterator[tuple[TransformersEngine, list[int]]]:
     """An engine of its own, and the number of tokens of each of its forward passes."""
     engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1)
     sizes: list[int] = []
-    hook = engine._model.get_decoder().layers[0].register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[1]))  # type: ignore[union-attr]
+    decoder: Any = engine._model.get_decoder()
+    hook = decoder.layers[0].register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[1]))
     yield engine, sizes
     hook.remove()
     engine.close()
