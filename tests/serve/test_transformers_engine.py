@@ -414,7 +414,7 @@ def test_close_ends_what_runs(tiny: Path) -> None:
 
 def test_a_failed_step_ends_its_answers_and_nothing_else(tiny: Path, reference: Any, adapters: list[str]) -> None:
     engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1)
-    layer: Any = engine._model.get_decoder().layers[1]
+    decoder: Any = engine._model.get_decoder()
     left = [5]
 
     def fail(*_: Any) -> None:
@@ -422,7 +422,7 @@ def test_a_failed_step_ends_its_answers_and_nothing_else(tiny: Path, reference: 
         if left[0] == 0:
             raise RuntimeError("out of luck")
 
-    hook = layer.register_forward_pre_hook(fail)
+    hook = decoder.layers[1].register_forward_pre_hook(fail)
 
     async def main() -> list[Any]:
         requests = [greedy(prompt_ids=prompt(5 + i), adapter=(None, adapters[0])[i % 2], max_tokens=50) for i in range(6)]
