@@ -9,9 +9,9 @@ import torch
 from serve.deploy import Replay
 from trainers import agreement
 from trainers.chat import Chat
-from trainers.errors import TuneyardError
+from trainers.errors import RowError, TuneyardError
 from trainers.records import ModelRecord, RunDir
-from trainers.sources import conversations
+from trainers.sources import first_rows
 from trainers.spec import JobSpec, QLora
 from trainers.store import TokenStore
 from trainers.tensors import ModelFolder
@@ -69,12 +69,12 @@ def _conversations(spec: JobSpec, ids: set[str]) -> dict[str, list[dict[str, str
     validation = spec.data.validation if isinstance(spec.data.validation, list) else []
     for source in (*validation, *spec.data.train):
         try:
-            for number, row in enumerate(conversations(source)):
-                if row["id"] in ids and not row.get("tools") and not row.get("text"):
+            for number, row in enumerate(first_rows(source)):
+                if not isinstance(row, RowError) and row["id"] in ids and not row.get("tools") and not row.get("text"):
                     found.setdefault(row["id"], row["messages"])
                 if number >= _ROWS or len(found) == len(ids):
                     break
-        except TuneyardError:  # a bad row was left out by preparation, too
+        except TuneyardError:  # it is gone since: ids and log-probabilities are compared all the same
             continue
     return found
 
