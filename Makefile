@@ -3,7 +3,7 @@
 #   make up        start the service (Ctrl-C stops it)
 #   make test      all tests          make check    lint, types, tests
 #   make test-vllm the vLLM engine's tests, on the CPU (an environment of its own; Linux on x86-64)
-#   make bench     speed, as ratios in one run
+#   make bench     speed, as ratios in one run          make bench-serve   the speed of answering
 #   make chaos     training whose workers are killed 50 times   make soak      500 times
 # TORCH_INDEX=URL takes torch from another package index (on Linux without a GPU: the index of its CPU builds, 200 MB instead of gigabytes).
 
@@ -64,6 +64,9 @@ bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.train
 	@$(BIN)/python -m tests.benchmarks.data
 	@$(BIN)/python -m tests.benchmarks.curate
+
+bench-serve: $(READY)
+	@$(BIN)/python -m tests.benchmarks.serve --output tests/benchmarks/results/serve-cpu.json
 
 chaos: $(READY)
 	@TUNEYARD_KILLS=50 $(BIN)/python -m pytest tests/chaos --timeout 3600

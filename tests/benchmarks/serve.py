@@ -41,7 +41,6 @@ from trainers.chat import Chat
 from trainers.fetch import default_models, ensure
 
 BASE = "smollm2-135m-instruct"
-RESULT = Path(__file__).parent / "results/serve-cpu.json"
 TOKENS = 64
 SUBJECTS = ["fox", "river", "engine", "winter", "letter", "market", "violin", "garden", "bridge", "island"]
 
