@@ -118,7 +118,8 @@ class Answering:
             else:
                 refused = f"{study.models[place]}: {answer}"
         state = "failed" if refused else "waiting" if later else state_of(study.kind, answers)
-        await run_in_threadpool(self._studies.answer, item, answers, state, refused)
+        if state != "waiting" or answers != item.answers:
+            await run_in_threadpool(self._studies.answer, item, answers, state, refused)
         return "" if refused else later
 
     async def _ask(self, study: Study, model: str, item: StudyItem, key: str) -> dict[str, Any] | str | Unavailable:

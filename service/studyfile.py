@@ -104,7 +104,7 @@ def _asked(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, An
     conversation = formats.normalise(row, format)
     messages = conversation["messages"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    if all(message["role"] == "system" for message in messages[:last]):
+    if all(message["role"] == "system" or not message["content"].strip() for message in messages[:last]):
         raise Bad("asks nothing", "Put a user message before the answer.")
     return [_wire(message) for message in messages[:last]], json.loads(conversation["tools"] or "[]")
 

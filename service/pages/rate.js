@@ -164,7 +164,7 @@ async function open(number) {
   );
   draw();
   tell(found);
-  $("said").textContent = study.kind === "pairwise" ? "keys 1 2 3 4" : "keys 1 to 5 grade, ↵ saves";
+  $("said").textContent = study.kind === "pairwise" ? "also ← for A and → for B" : "keys: 1 (bad) to 5 (good), ↑ ↓ change the line";
   show("work");
   scrollTo(0, 0);
 }

@@ -171,32 +171,41 @@ def test_links_that_do_not_open(service: Service, browser: Browser) -> None:
     browser.until("#notice", "does not open a study")
 
 
-def test_pictures(service: Service, browser: Browser, tmp_path: Path) -> None:
-    """Nothing sticks out in a narrow window; with TUNEYARD_PICTURES=FOLDER, what it looks like is kept there."""
-    folder = Path(os.environ.get("TUNEYARD_PICTURES", tmp_path))
-    long = "A long answer that goes on and on, with a\nnew line, and a_very_long_word_" + "x" * 120
+def test_nothing_sticks_out_of_a_narrow_window(service: Service, browser: Browser) -> None:
+    """With TUNEYARD_PICTURES=FOLDER, what pages look like is kept there, wide and narrow, light and dark."""
+    folder = os.environ.get("TUNEYARD_PICTURES")
+    text = "A long answer that goes on and on, with a\nnew line, and a_very_long_word_" + "x" * 120
     client = service.client()
-    rows = [{"prompt": "What is the capital of France?", "answers": {"a": "Paris. " * 30 + long, "b": "I do not know."}}] * 3
+    rows = [{"prompt": "What is the capital of France?", "answers": {"a": "Paris. " * 30 + text, "b": "I do not know."}}] * 2
     file = client.files.create(file=("rows.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="evals").id
-    for kind in ("pairwise", "likert"):
-        made: Any = client.post("/tuneyard/studies", cast_to=object, body={"file": file, "kind": kind, "instructions": "Be strict."})
-        for width, height in ((1280, 900), (390, 780)):
-            for scheme in ("light", "dark"):
-                browser.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def look(name: str) -> None:
+        for width, height in ((1280, 900), (390, 780)) if folder else ((390, 780),):
+            browser.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+            assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width, name
+            for scheme in ("light", "dark") if folder else ():
                 browser.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-                browser.driver.execute_script("sessionStorage.clear()")
-                name = f"{kind}-{width}-{scheme}"
-                browser.open(made["link"])
-                browser.until("#start", "Your name")
-                browser.driver.save_screenshot(str(folder / f"{name}-start.png"))
-                begin(browser, made["link"], name)
-                browser.press("2")
-                if kind == "pairwise":
-                    browser.until("#where", "2 of 3")
-                    browser.press(Keys.BACKSPACE)
-                    browser.until("#where", "1 of 3 · 1 rated")
-                wide = browser.driver.execute_script("return document.documentElement.scrollWidth")
-                browser.driver.save_screenshot(str(folder / f"{name}.png"))
-                assert wide <= width, name
+                browser.driver.save_screenshot(str(Path(str(folder), f"{name}-{width}-{scheme}.png")))
+
+    for kind, keys in (("pairwise", ("2",)), ("likert", ("2", "5"))):
+        made: Any = client.post("/tuneyard/studies", cast_to=object, body={"file": file, "kind": kind, "instructions": "Be strict."})
+        browser.open(made["link"])
+        browser.until("#start", "Your name")
+        look(f"{kind}-start")
+        browser.press("Ann", Keys.ENTER)
+        browser.until("#where", "1 of")
+        browser.press(*keys)
+        if kind == "pairwise":
+            browser.until("#where", "2 of 2")
+        look(kind)
+    browser.open(made["link"])
+    browser.until("#where", "1 of 4")
+    for number in range(1, 5):
+        browser.until("#where", f"{number} of 4")
+        browser.press("3", "4", "5", Keys.ENTER)
+    browser.until("#end", "All 4")
+    look("all-rated")
+    browser.find("#finish").click()
+    browser.until("#revealed", "honesty")
+    look("revealed")
     browser.devtools("Emulation.clearDeviceMetricsOverride")
-    browser.devtools("Emulation.setEmulatedMedia", features=[])

@@ -28,6 +28,7 @@ from starlette.routing import Route
 from cluster.ray_rest import RayRest
 from service import cli
 from service.link import Link
+from service.store import Store
 from service.studies import SCALES, Studies, StudyItem
 
 STUDIES = "/tuneyard/studies"
@@ -210,9 +211,10 @@ def test_a_killed_service_goes_on_where_it_was(tmp_path: Path, models: Models) -
         study = create(client, [{"prompt": f"q{n}"} for n in range(3)], models=[BASE, ALIAS])
         wait_for(lambda: "out of order" in get(client, study)["message"])  # it may pass: nothing has failed
         assert get(client, study)["items"]["waiting"] == 3
-        store = Studies(service.store)
-        item = store.items(study["id"])[0]  # an answer that came before the end
-        store.answer(item, [{"role": "assistant", "content": "kept"}, None], "waiting")
+    store = Store(service.settings.database_url)
+    item = Studies(store).items(study["id"])[0]  # one answer came before the end
+    Studies(store).answer(item, [{"role": "assistant", "content": "kept"}, None], "waiting")
+    store.close()
     models.broken = False
     models.asked.clear()
     with answering(tmp_path, models) as service:
@@ -452,7 +454,7 @@ def test_a_rater_has_a_name(service: Service, name: Any) -> None:
         ([{"prompt": "x"}], {"models": [BASE, BASE]}, "two different models"),
         ([{"prompt": "x"}], {"kind": "likert"}, "one model or two"),
         ([{"prompt": "x"}], {"models": [BASE, "nobody"]}, "nobody"),
-        ([{"prompt": " "}], {"models": [BASE, ALIAS]}, "empty"),
+        ([{"prompt": " "}], {"models": [BASE, ALIAS]}, "asks nothing"),
         ([{"messages": [{"role": "system", "content": "s"}]}], {"models": [BASE, ALIAS]}, "asks nothing"),
         ([{"messages": [{"role": "wizard", "content": "s"}]}], {"models": [BASE, ALIAS]}, "unknown role"),
         ([{"prompt": "x", "answers": {"a": 1, "b": "y"}}], {}, "not texts"),
