@@ -131,7 +131,7 @@ class Server:
         """Folders that were asked for."""
 
     async def healthz(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok", "name": self.name, "running": self.engine.num_running, "open": self.num_open})
+        return JSONResponse({"status": "ok", "name": self.name, **self.engine.stats(), "open": self.num_open})
 
     async def prompt(self, request: Request) -> Response:
         """The ids that the model would be given for these messages: lets the training side check that it saw the same."""

@@ -14,8 +14,10 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -117,8 +119,6 @@ def direct(tiny: Path, adapters: list[str], tmp_path_factory: pytest.TempPathFac
 
     Its model is the tiny one with four times the context: tools take room in an alphabet of bytes.
     """
-    import uvicorn
-
     from serve.app import application
     from serve.chats import Chats
     from serve.transformers_engine import TransformersEngine
@@ -126,14 +126,22 @@ def direct(tiny: Path, adapters: list[str], tmp_path_factory: pytest.TempPathFac
     model = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("direct") / "model"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
-    app = application(TransformersEngine(model), Chats(model), "tiny", "serving-token")
+    with over_http(application(TransformersEngine(model), Chats(model), "tiny", "serving-token")) as url:
+        yield Served(url, "serving-token", adapters)
+
+
+@contextmanager
+def over_http(app: Any) -> Iterator[str]:
+    """Serve an ASGI app on a free port; its URL."""
+    import uvicorn
+
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", "serving-token", adapters)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -186,6 +188,23 @@ def test_models_are_loaded_when_asked_and_the_least_recently_asked_gives_way(
         until(serving, asked.done)
     with pytest.raises(openai.InternalServerError, match="its weights are gone"):
         asked.result()
+
+
+def test_a_replica_that_is_killed_in_the_middle_of_a_stream(service: Service, client: OpenAI, serving: Serving) -> None:
+    service.store.ask_for(BASE)
+    until(serving, lambda: running(service) == {BASE})
+    [replica] = service.link.ray.applications()[BASE]["deployments"]["engine"]["replicas"]
+    chunks = []
+    with pytest.raises(openai.APIError, match="lost while it answered"):
+        for chunk in client.chat.completions.create(model=BASE, stream=True, n=8, **{**ASK, "max_tokens": 450}):
+            chunks.append(chunk)
+            if len(chunks) == 10:
+                os.kill(replica["pid"], signal.SIGKILL)
+    assert len(chunks) >= 10
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.chat.completions.create, model=BASE, **ASK)
+        until(serving, asked.done)
+        assert asked.result().choices[0].message.content
 
 
 def test_what_nobody_asks_for_is_unloaded(service: Service, client: OpenAI, serving: Serving) -> None:
