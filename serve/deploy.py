@@ -30,8 +30,8 @@ PROBES: tuple[Conversation, ...] = (
 
 
 TOLERANCE = (0.1, 1.0)
-"""Nats that log-probabilities may lie apart, in the mean and at most: the app computes in bf16, the reference in fp32. What was measured
-stands in `deploy.json` of every job."""
+"""Nats that log-probabilities may lie apart, in the mean and at most: the app computes in bf16, the reference in fp32. Measured on
+SmolLM2-135M: 0.036 and 0.34 over 248 tokens; each job's own figures stand in its `deploy.json`."""
 
 
 @dataclass(frozen=True)
