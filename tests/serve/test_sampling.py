@@ -35,7 +35,7 @@ def test_the_same_candidates_as_transformers(temperature: float, top_k: int | No
         expected_NV = TopPLogitsWarper(top_p)(None, expected_NV)  # type: ignore[arg-type]
     expected_NV = expected_NV.softmax(-1)
     # Evenly spaced points must fall on each token as often as it is likely.
-    num_points = 2000
+    num_points = 1000
     points = ((torch.arange(num_points) + 0.5) / num_points).double()
     for logits_V, expected_V in zip(logits_NV, expected_NV, strict=True):
         rows = (logits_V / temperature).expand(num_points, -1)
@@ -54,10 +54,10 @@ def test_all_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 def test_a_wide_nucleus_is_not_cut_short() -> None:
-    flat = torch.zeros(4000, 5000)
-    points = ((torch.arange(4000) + 0.5) / 4000).double()
-    ids = draw_likely(flat, torch.full((4000,), 5000), torch.full((4000,), 0.9), points)
-    assert 3900 <= len(ids.unique()) <= 4000  # 4,500 tokens reach 0.9; a cut at 1,024 would show
+    flat = torch.zeros(1500, 2000)
+    points = ((torch.arange(1500) + 0.5) / 1500).double()
+    ids = draw_likely(flat, torch.full((1500,), 2000), torch.full((1500,), 0.9), points)
+    assert len(ids.unique()) >= 1450  # 1,800 tokens reach 0.9; a cut at 1,024 would show
 
 
 def test_rows_do_not_feel_each_other() -> None:

@@ -122,6 +122,21 @@ def test_real_model_equals_generate(smollm: Path) -> None:
         assert ids_of(events) == expected(model, ids, 10)
 
 
+def test_packed_weights_change_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers() -> list[list[Any]]:
+        engine = TransformersEngine(tiny, num_threads=1)  # bfloat16
+        found = everything(engine, *(greedy(prompt_ids=prompt(n), logprobs=2, max_tokens=8) for n in (1, 40, 90)))
+        engine.close()
+        return found
+
+    packed_ones = answers()
+    monkeypatch.setattr("serve.adapters.packed", lambda linear: linear)
+    monkeypatch.setattr("serve.transformers_engine.packed", lambda linear: linear)
+    for ours, plain in zip(packed_ones, answers(), strict=True):
+        assert [e.logprob for e in ours] == pytest.approx([e.logprob for e in plain], abs=0.05) or ids_of(ours) != ids_of(plain)
+        assert ours[0].logprob == pytest.approx(plain[0].logprob, abs=0.05)
+
+
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
