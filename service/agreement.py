@@ -1,21 +1,15 @@
-"""How far raters agree, and how sure a share or a mean is. Pure arithmetic.
+"""How far raters agree. Pure arithmetic.
 
 Sources: Cohen 1960 (kappa of two raters), Cohen 1968 with quadratic weights (two raters on an ordered scale), Fleiss 1971 in the form for
-unequal numbers of ratings (Fleiss, Levin and Paik 2003), Light 1971 (the mean over pairs of raters), Wilson 1927 (interval of a share).
+unequal numbers of ratings (Fleiss, Levin and Paik 2003), Light 1971 (the mean over pairs of raters).
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
-
-import numpy as np
-
-Z95 = 1.959963984540054
-"""Two-sided 95% point of the normal distribution."""
 
 Ratings = Mapping[str, Mapping[Any, Any]]
 """Rater -> what was rated -> the category given."""
@@ -40,7 +34,7 @@ def cohen_quadratic(pairs: Sequence[tuple[float, float]]) -> float | None:
     return None if chance == 0 else 1 - observed / chance
 
 
-def fleiss(counts: Sequence[Mapping[Hashable, int]]) -> float | None:
+def fleiss(counts: Sequence[Mapping[Any, int]]) -> float | None:
     """Agreement of any number of raters beyond chance, from each item's ratings per category. Items with fewer than two ratings tell
     nothing about it and are left out; where all have equally many, this is Fleiss' kappa as of 1971. None where it is not defined."""
     rated = [item for item in counts if sum(item.values()) > 1]
@@ -91,23 +85,3 @@ def _told(method: str, kappa: float | None, ratings: Ratings, alike: list[bool])
         "shared_items": sum(count > 1 for count in shared.values()),
         "same_choice": sum(alike) / len(alike) if alike else None,
     }
-
-
-def wilson(successes: int, num: int) -> tuple[float, float] | None:
-    """95% interval of the share successes/num; None where there is nothing to share."""
-    if num == 0:
-        return None
-    share, spread = successes / num, Z95**2 / num
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z95 * math.sqrt(share * (1 - share) / num + spread / (4 * num)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float] | None:
-    """95% percentile bootstrap interval of the mean; None for fewer than two values. The same values always give the same interval."""
-    if len(values) < 2:
-        return None
-    given = np.asarray(values, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(given), size=(draws, len(given)))
-    low, high = np.quantile(given[chosen].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)

@@ -33,7 +33,10 @@ def commands(find: Callable[[Path | None], Client], out: Console, err: Console) 
     @app.command()
     def create(
         data: Annotated[
-            Path, typer.Argument(metavar="DATA", help='JSON lines of conversations, or of {"prompt"}; with {"answers"}, no model is asked.')
+            str,
+            typer.Argument(
+                metavar="DATA", help='JSON lines of conversations or {"prompt"}, with {"answers"} or without; or an evaluation.'
+            ),
         ],
         model: Annotated[list[str] | None, typer.Option("--model", "-m", help="A model to rate; give it twice to compare two.")] = None,
         kind: Annotated[Literal["pairwise", "likert"], typer.Option(help="Which answer is better, or grades for each.")] = "pairwise",
@@ -49,12 +52,18 @@ def commands(find: Callable[[Path | None], Client], out: Console, err: Console) 
         as_json: JsonOption = False,
     ) -> None:
         """Make a study and print the link for its raters."""
-        if not data.is_file():
-            raise UserError(f"{data} is not a file of this machine.", "Name a local file: it is uploaded from here.")
         told = _text(instructions) if instructions else ""
-        client = find(home)
-        file = client.openai.files.create(file=data, purpose="evals").id
-        body = {"file": file, "models": model or [], "kind": kind, "name": name or data.name, "instructions": told, "slice_by": slice_by}
+        if data.startswith("eval_") and not Path(data).exists():
+            client = find(home)
+            body: Json = {"evaluation": data}
+        elif Path(data).is_file():
+            client = find(home)
+            body = {"file": client.openai.files.create(file=Path(data), purpose="evals").id}
+        else:
+            raise UserError(
+                f"{data} is not a file of this machine.", "Name a local file, which is uploaded from here, or an evaluation's id."
+            )
+        body |= {"models": model or [], "kind": kind, "name": name, "instructions": told, "slice_by": slice_by}
         body |= {"limit": limit, "seed": seed, "temperature": temperature, "max_tokens": max_tokens}
         study = client.post(STUDIES, body)
         link = study["link"]

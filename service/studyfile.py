@@ -30,17 +30,28 @@ def read(path: Path, name: str, slice_by: str | None, limit: int | None, seed: i
     """The file's items in order; with `limit`, so many of them, drawn by `seed`. Raises DataError."""
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{name} has more than {MAX_BYTES >> 20} MiB.", "Upload the part that people shall rate.", "file")
-    rows = list(_rows(path, name))
+    items = [_item(where, row, slice_by) for where, row in _drawn(list(_rows(path, name)), name, limit, seed)]
+    if slice_by and not any(item["slice"] for item in items):
+        raise DataError(f"No row of {name} has a column `{slice_by}`.", "Name a column of the data, or leave slice_by out.", "slice_by")
+    return items
+
+
+def of_evaluation(path: Path, names: dict[str, str], limit: int | None, seed: int = 0) -> list[Item]:
+    """The items of an evaluation's answers.jsonl; `names`: its columns of answers -> their models. Cases without an answer are left out."""
+    rows = [(str(row["id"]), row) for _, row in _rows(path, "The evaluation") if all(row[column] is not None for column in names)]
+    made = [(where, {**row, "answers": {model: row[column] for column, model in names.items()}}) for where, row in rows]
+    return [_item(where, row, "slice") for where, row in _drawn(made, "The evaluation", limit, seed)]
+
+
+def _drawn(rows: list[tuple[str, Any]], name: str, limit: int | None, seed: int) -> list[tuple[str, Any]]:
+    """The rows that people rate."""
     if not rows:
         raise DataError(f"{name} has no rows.", 'Write one JSON object a line, like {"prompt": "..."}.', "file")
     if limit is None and len(rows) > MAX_ITEMS:
         raise DataError(f"{name} has {len(rows)} rows; people rate {MAX_ITEMS} at most.", "Set `limit`: so many are drawn.", "limit")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-    items = [_item(where, row, slice_by) for where, row in rows]
-    if slice_by and not any(item["slice"] for item in items):
-        raise DataError(f"No row of {name} has a column `{slice_by}`.", "Name a column of the data, or leave slice_by out.", "slice_by")
-    return items
+    return rows
 
 
 def _rows(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -118,12 +118,16 @@ def _by_rater(ratings: Iterable[Rating], category: Callable[[Json], Any]) -> Map
 
 
 def _share(count: int, total: int) -> Json:
-    low, high = agreement.wilson(count, total) or (None, None)
+    from serve.stats import wilson  # here: scipy, which it needs, takes a second to load
+
+    low, high = wilson(count, total) if total else (None, None)
     return {"value": count / total if total else None, "low": low, "high": high, "of": total}
 
 
 def _mean(values: list[float]) -> Json:
-    low, high = agreement.mean_interval(values) or (None, None)
+    from serve.stats import bootstrap_mean
+
+    low, high = bootstrap_mean(values) if len(values) > 1 else (None, None)
     return {"mean": sum(values) / len(values) if values else None, "low": low, "high": high, "items": len(values)}
 
 

@@ -11,12 +11,13 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from service import studyfile, verdicts
+from service import evaluations, studyfile, verdicts
 from service.answering import state_of
 from service.api.auth import Background, Caller, Config, Db
 from service.api.errors import NotFound
 from service.api.files import existing as existing_file
 from service.api.models import target
+from service.settings import Settings
 from service.store import Project, Store, new_id
 from service.studies import Kind, Studies, Study, StudyItem
 from trainers.errors import DataError, UserError
@@ -25,11 +26,13 @@ router = APIRouter(prefix="/v1/tuneyard/studies")
 
 
 class CreateStudy(BaseModel):
-    """What to rate. The file holds conversations, which the models answer, or the answers themselves (see studyfile.py)."""
+    """What to rate: a file of conversations, which the models answer, or of answers (see studyfile.py); or an evaluation's answers."""
 
     model_config = ConfigDict(extra="forbid")
 
-    file: str
+    file: str = ""
+    evaluation: str = ""
+    """Instead of a file: the answers that this evaluation got."""
     models: Annotated[list[str], Field(max_length=2)] = []
     """Two to compare; one or two to grade. Left out, those that the file has answers of."""
     kind: Kind = "pairwise"
@@ -75,17 +78,16 @@ def to_wire(studies: Studies, study: Study) -> dict[str, Any]:
 @router.post("")
 def create(request: Request, settings: Config, store: Db, caller: Caller, background: Background, body: CreateStudy) -> dict[str, Any]:
     """Make a study; `link` is where raters go, shown this once."""
-    file = existing_file(store, caller, body.file, "file")
-    rows = studyfile.read(settings.home / file.path, file.filename, body.slice_by, body.limit, body.seed)
+    rows, source = _rows(settings, store, caller, body)
     models = _models(rows, body)
     given = rows[0]["answers"] is not None
     if not given:
         for name in models:
             target(store, settings, caller, name)
-    asked = body.model_dump(include={"file", "instructions", "slice_by", "limit", "seed", "temperature", "max_tokens"})
+    asked = body.model_dump(include={"file", "evaluation", "instructions", "slice_by", "limit", "seed", "temperature", "max_tokens"})
     study = Study(
-        id=new_id("study_"), project_id=caller.id, name=body.name or file.filename, kind=body.kind, status="generating", models=models,
-        settings={**asked, "filename": file.filename, "answers": "given" if given else "asked"}, created_at=time.time(),
+        id=new_id("study_"), project_id=caller.id, name=body.name or source, kind=body.kind, status="generating", models=models,
+        settings={**asked, "source": source, "answers": "given" if given else "asked"}, created_at=time.time(),
     )  # fmt: skip
     studies = Studies(store)
     token = studies.add(study, [_item(study, row, given) for row in rows])
@@ -94,6 +96,25 @@ def create(request: Request, settings: Config, store: Db, caller: Caller, backgr
         study = existing(store, caller, study.id)
     background.wake()
     return {**to_wire(studies, study), "link": _link(request, study.id, token)}
+
+
+def _rows(settings: Settings, store: Store, caller: Project, body: CreateStudy) -> tuple[list[studyfile.Item], str]:
+    """(what the request names, what that is called)."""
+    if bool(body.file) == bool(body.evaluation):
+        raise UserError("`file` or `evaluation` is missing, or both are there.", "Name one of them.", "file")
+    if body.file:
+        file = existing_file(store, caller, body.file, "file")
+        return studyfile.read(settings.home / file.path, file.filename, body.slice_by, body.limit, body.seed), file.filename
+    if body.slice_by:
+        raise UserError("An evaluation has its slices already.", "Leave `slice_by` out.", "slice_by")
+    found = evaluations.get(store, caller.id, body.evaluation)
+    path = evaluations.folder(settings, body.evaluation) / "answers.jsonl" if found else None
+    if found is None or path is None or not path.is_file():
+        raise NotFound(
+            f"There is no evaluation `{body.evaluation}` with answers.", "List yours with GET /v1/tuneyard/evaluations.", "evaluation"
+        )
+    names = {"tuned": found.model, "base": found.against}
+    return studyfile.of_evaluation(path, names, body.limit, body.seed), body.evaluation  # raters see it: no model's name
 
 
 def _models(rows: list[studyfile.Item], body: CreateStudy) -> list[str]:

@@ -1,10 +1,10 @@
-"""Agreement and intervals, against published figures."""
+"""Agreement of raters, against published figures."""
 
 from __future__ import annotations
 
 import pytest
 
-from service.agreement import cohen, cohen_quadratic, fleiss, mean_interval, of_choices, of_grades, wilson
+from service.agreement import cohen, cohen_quadratic, fleiss, of_choices, of_grades
 
 # Fourteen raters put ten subjects into five categories: the worked example of Fleiss' kappa that textbooks repeat, 0.210.
 FOURTEEN = [
@@ -57,22 +57,3 @@ def test_raters_choose_the_measure() -> None:
     assert of_choices({"ann": {1: "0"}, "bob": {2: "0"}})["kappa"] is None
     grades = of_grades({"ann": {1: 1, 2: 5}, "bob": {1: 1, 2: 5}, "eve": {1: 2, 2: 5}})
     assert grades["method"] == "Light's kappa, quadratic weights" and 0.9 < grades["kappa"] < 1
-
-
-@pytest.mark.parametrize(
-    ("successes", "num", "low", "high"),
-    # Newcombe 1998 (Statistics in Medicine 17, 857-872), table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilsons_interval(successes: int, num: int, low: float, high: float) -> None:
-    assert wilson(successes, num) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_intervals_of_nothing_and_of_means() -> None:
-    assert wilson(0, 0) is None and mean_interval([3.0]) is None
-    assert mean_interval([2.0] * 10) == (2.0, 2.0)
-    values = [1.0, 2.0, 3.0, 4.0, 5.0] * 20
-    low, high = mean_interval(values) or (0, 0)
-    # standard error 1.414 / 10
-    assert low == pytest.approx(3 - 1.96 * 0.1414, abs=0.05) and high == pytest.approx(3 + 1.96 * 0.1414, abs=0.05)
-    assert mean_interval(values) == (low, high)

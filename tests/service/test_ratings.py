@@ -26,7 +26,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.ray_rest import RayRest
-from service import cli
+from service import cli, evaluations
+from service.evaluations import Evaluation
 from service.link import Link
 from service.store import Store
 from service.studies import SCALES, Studies, StudyItem
@@ -469,6 +470,7 @@ def test_a_rater_has_a_name(service: Service, name: Any) -> None:
         (given(1), {"kind": "elo"}, "kind"),
         (given(1), {"temperature": "NaN"}, "temperature"),
         (given(1), {"unknown": 1}, "unknown"),
+        (given(1), {"evaluation": "eval_x"}, "both are there"),
     ],
 )
 def test_files_that_cannot_be_rated_are_refused(service: Service, rows: Any, body: dict[str, Any], why: str) -> None:
@@ -486,6 +488,30 @@ def test_a_limit_draws_at_random_and_a_json_array_is_read(service: Service) -> N
 
     first = drawn()
     assert len(first) == 10 and first == drawn() != drawn(seed=1) and first != [f"rows.jsonl:{n}" for n in range(1, 11)]
+
+
+def test_an_evaluations_answers_are_rated(service: Service) -> None:
+    client = service.client("acme")
+    project = service.store.project_of(client.api_key)
+    assert project
+    row = Evaluation(
+        id="eval_1", project_id=project.id, status="succeeded", model="ft:x", against="x", order={}, created_at=0.0, finished_at=1.0,
+        error=None,
+    )  # fmt: skip
+    evaluations.add(service.store, row)
+    case = {"task": "t", "messages": [{"role": "user", "content": "hi"}], "reference": "r", "slice": "s"}
+    answers = [("t:1", "base 1", "tuned 1"), ("t:2", "base 2", None), ("t:3", "base 3", "tuned 3")]  # one request failed
+    folder = evaluations.folder(service.settings, "eval_1")
+    folder.mkdir(parents=True)
+    lines = [json.dumps({**case, "id": id, "base": base, "tuned": tuned}) for id, base, tuned in answers]
+    (folder / "answers.jsonl").write_text("\n".join(lines))
+    study: Any = client.post(STUDIES, cast_to=object, body={"evaluation": "eval_1"})
+    assert (study["models"], study["to_rate"], study["status"]) == (["ft:x", "x"], 2, "ready") and "ft:" not in study["name"]
+    with Page(study["link"], "Ann") as page:
+        page.choose("tuned")
+    assert get(client, study, "/results")["slices"]["s"]["wins"] == {"ft:x": 2, "x": 0}
+    with pytest.raises(openai.NotFoundError, match="no evaluation"):
+        service.client().post(STUDIES, cast_to=object, body={"evaluation": "eval_1"})
 
 
 def test_models_that_answer_alike(service: Service) -> None:
