@@ -264,8 +264,9 @@ def service(model_dir: Path, rounds: int) -> dict[str, Any]:
     async def direct(text: str, max_tokens: int) -> tuple[int, float]:
         start = time.perf_counter()
         ids = chat.prompt([{"role": "user", "content": text}])
+        prepared = time.perf_counter() - start
         count, first = await answer(engine, GenerateRequest(prompt_ids=ids, temperature=0.0, max_tokens=max_tokens))
-        return count, first + (time.perf_counter() - start if not count else 0)
+        return count, prepared + first
 
     with tempfile.TemporaryDirectory(prefix="ty", dir="/tmp") as home, tuneyard(Path(home)) as (url, headers):
         runner = asyncio.Runner()
