@@ -38,7 +38,8 @@ def test_held_out_examples_are_scored_by_what_was_trained(tmp_path: Path, tiny: 
     base: Any = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     trained = PeftModel.from_pretrained(base, adapter).eval()
     for replay in found:
-        assert replay.messages is not None and replay.prompt_ids == Chat.load(tiny).prompt(replay.messages)
+        assert replay.messages is not None and replay.prompt_ids is not None
+        assert replay.prompt_ids == Chat.load(tiny).prompt(replay.messages)
         with torch.no_grad():
             logprobs = trained(torch.tensor([replay.ids])).logits[0].log_softmax(-1)
         assert len(replay.logprobs) > 3
