@@ -73,6 +73,11 @@ class VLLMEngine:
         skeleton = base_model.skeleton(model_dir, dtype)
         self.vocab_size: int = skeleton.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
         self._grammars = Grammars(self._chat, self.vocab_size)
+        shapes = {
+            name: (module.out_features, module.in_features)
+            for name, module in skeleton.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".layers." in name
+        }
         self._args = AsyncEngineArgs(
             **{
                 "model": str(model_dir),
@@ -81,6 +86,9 @@ class VLLMEngine:
                 "max_loras": max_adapters_in_batch,
                 "max_cpu_loras": most_in_vllm,
                 "max_lora_rank": max_adapter_rank,
+                # Not the head, which no plain adapter changes: vLLM scores prompts through it with the adapters of an earlier batch,
+                # and has died of it (compare vllm#16668).
+                "lora_target_modules": sorted({name.rpartition(".")[2] for name in shapes}),
                 "max_logprobs": -1,
                 "logprobs_mode": "raw_logprobs",
                 "structured_outputs_config": {"backend": "guidance"},  # the library of serve.grammar
@@ -91,11 +99,6 @@ class VLLMEngine:
                 **(options or {}),
             }
         )
-        shapes = {
-            name: (module.out_features, module.in_features)
-            for name, module in skeleton.named_modules()
-            if isinstance(module, torch.nn.Linear) and ".layers." in name
-        }
         self._llm: AsyncLLM | None = None
         self._adapters = HeldAdapters(self, shapes, dtype, max_adapters, max_adapter_rank)
         self._opening = asyncio.Lock()
@@ -116,6 +119,12 @@ class VLLMEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         max_tokens = most_tokens(request, self.context, self.vocab_size)
+        if request.grammar and request.logprobs is not None:
+            raise UserError(
+                "vLLM tells the log-probabilities of an answer of a given form only after the form has ruled tokens out.",
+                "Ask for one of the two, or serve the model with the transformers engine.",
+                "logprobs",
+            )
         if max_tokens == 0 and len(request.prompt_ids) == self.context:
             raise UserError(
                 f"The prompt has {self.context} tokens, the whole context; this engine scores {self.context - 1} at most.",

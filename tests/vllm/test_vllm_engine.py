@@ -42,6 +42,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "no such adapter": {"adapter": "/nowhere"},
     "no regular expression": {"grammar": Grammar("regex", "(")},
     "no schema": {"grammar": Grammar("json_schema", '{"type":"nothing"}')},
+    "log-probabilities of a form": {"grammar": Grammar("json"), "logprobs": 1},
     "no number": {"temperature": float("nan")},
 }
 
