@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub, whatever it imports
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is loaded; see trainers/local.py
+
+# The same examples on every machine and in every run, however slow it is: what passed here passes there.
+settings.register_profile("tuneyard", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tuneyard")
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

@@ -424,7 +424,6 @@ def _read_back(data: bytes, name: str, chunk_bytes: int) -> list[Any]:
         return [(row.where, str(row)) if isinstance(row, RowError) else (row["id"], row["messages"]) for row in rows]
 
 
-@settings(deadline=None)
 @given(lines=st.lists(LINES, max_size=12), chunk_bytes=st.integers(1, 500), end=st.sampled_from([b"\n", b"\r\n"]))
 def test_every_line_becomes_a_conversation_or_an_error(lines: list[bytes], chunk_bytes: int, end: bytes) -> None:
     data = end.join([GOOD.encode(), *lines])
@@ -433,7 +432,6 @@ def test_every_line_becomes_a_conversation_or_an_error(lines: list[bytes], chunk
     assert found == _read_back(data, "x.jsonl", 2**30)
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=9)] * 3), min_size=1),
     chunk_bytes=st.integers(1, 99),
@@ -448,7 +446,7 @@ def test_every_record_becomes_a_conversation_or_an_error(rows: list[tuple[str, .
     assert good == [a for q, i, a in rows if (q.strip() or i.strip()) and a.strip()]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     data=st.one_of(st.binary(max_size=200), st.text('[]{}",:\\ \n1a\ufeff', max_size=40).map(str.encode)),
     name=st.sampled_from(["x.jsonl", "x.json", "x.csv"]),

@@ -149,7 +149,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_of_it_is_taken(tmp_pat
 MESHES = [(1,), (2,), (3,), (4,), (2, 1), (2, 2), (1, 3)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     wrote=st.sampled_from(MESHES),
     reads=st.sampled_from(MESHES),
