@@ -72,7 +72,7 @@ class Meeting:
     """Where threads add up what they bring."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=10)
+        self.barrier = threading.Barrier(size, timeout=120)
         self.brought: dict[int, list[Tensor]] = {}
 
 
@@ -184,10 +184,10 @@ def save_with_little_room(root: Path, max_bytes: int) -> None:
     os._exit(5)
 
 
-def in_a_group(rank: int, size: int, address: str, root: Path) -> None:
+def in_a_group(rank: int, size: int, meeting: str, root: Path) -> None:
     """A real process group: save on a 2-D mesh (HSDP) and on a 1-D one, read each on the other."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     world = World(rank, size)
     hybrid, flat = init_device_mesh("cpu", (2, size // 2)), init_device_mesh("cpu", (size,))
     for step, (source, target) in enumerate([(hybrid, flat), (flat, hybrid)], start=1):

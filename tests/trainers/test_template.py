@@ -194,7 +194,7 @@ SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 def test_hostile_templates_are_stopped(source: str, says: str) -> None:
     start, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert says in refused(source)
-    assert time.monotonic() - start < 30  # 2 s of CPU time, on a machine that may be busy
+    assert time.monotonic() - start < 120  # 2 s of CPU time, on a machine that may be busy
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
     assert render(PLAIN) == "[user]  Hi \n[assistant] Hello\n"
 
@@ -237,7 +237,7 @@ def test_the_child_can_neither_open_files_nor_sockets_nor_see_the_environment(mo
 def test_the_child_ends_with_its_parent() -> None:
     child = module._Child()
     child.stdin.close()
-    assert child.process.wait(timeout=10) == 0
+    assert child.process.wait(timeout=120) == 0
     child.stdout.close()
 
 
