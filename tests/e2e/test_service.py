@@ -77,11 +77,19 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def service(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def one_home(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = Service(tmp_path_factory.mktemp("e2e") / "home")
     yield running
     if running.process.poll() is None:
         running.stop()
+
+
+@pytest.fixture
+def service(one_home: Service) -> Service:
+    """The service that all tests share, in whatever order they come: one of them stops it."""
+    if one_home.process.poll() is not None:
+        one_home.start()
+    return one_home
 
 
 def pong(number: int) -> dict[str, str]:

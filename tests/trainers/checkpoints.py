@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from trainers.checkpoint import Checkpointer, Progress
+from trainers.checkpoint import Checkpointer, Progress, folders
 from trainers.parallel import World
 from trainers.records import CheckpointRecord, RunDir
 from trainers.spec import CheckpointPart
@@ -63,6 +63,16 @@ def saver(root: Path, attempt: int = 1, world: World | None = None, **part: Any)
 
 def events(root: Path) -> list[str]:
     return [e.message for _, found in RunDir(root).events() for e in found]
+
+
+def restored(root: Path, say: Callable[[str], None] = lambda _: None, **part: Any) -> tuple[int, dict[str, Tensor]]:
+    """(step, state) that a new attempt begins with."""
+    got = blank(values(0))
+    return saver(root, 9, **part).restore(got, say).step, got
+
+
+def names(root: Path) -> list[str]:
+    return [folder.name for folder in folders(RunDir(root))]
 
 
 # -- workers as threads ------------------------------------------------------------------------------------------------------
