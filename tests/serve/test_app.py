@@ -52,6 +52,7 @@ def test_streamed_answer_is_the_whole_one(served) -> None:
 
 
 def test_the_stream_is_not_held_back(served) -> None:
+    early = False
     for _ in range(20):  # whoever reads late on a busy machine finds several pieces there; one that is held back is never early
         arrived = [time.monotonic() for _ in ask(served, stream=True, max_tokens=300)]
         if early := arrived[1] - arrived[0] < (arrived[-1] - arrived[0]) / 2:
