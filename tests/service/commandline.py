@@ -79,6 +79,14 @@ class Tuneyard:
         self.process.send_signal(how)
         return self.process.wait(300)
 
+    def close(self) -> None:
+        """Stop the service, and leave nothing of it unwaited for or open."""
+        self("down")
+        if self.process is not None:
+            self.process.wait(300)
+        for client in self.clients:
+            client.close()
+
     def client(self) -> OpenAI:
         service = json.loads((self.home / "service.json").read_text())
         client = OpenAI(base_url=service["base_url"], api_key=(self.home / "key").read_text(), max_retries=0)

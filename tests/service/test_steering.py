@@ -21,9 +21,7 @@ def tuneyard(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[T
     shutil.copytree(tiny, tuneyard.home / "models" / BASE)
     tuneyard.up()
     yield tuneyard
-    tuneyard("down")
-    for client in tuneyard.clients:
-        client.close()
+    tuneyard.close()
 
 
 def test_a_job_is_paused_resized_and_resumed(tuneyard: Tuneyard) -> None:

@@ -24,9 +24,7 @@ def tuneyard(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[T
     tuneyard = Tuneyard(tmp_path_factory.mktemp("home"))
     shutil.copytree(tiny, tuneyard.home / "models" / BASE)
     yield tuneyard
-    tuneyard("down")
-    for client in tuneyard.clients:
-        client.close()
+    tuneyard.close()
 
 
 def job_file(folder: Path, **orders: Any) -> Path:
