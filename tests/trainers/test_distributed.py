@@ -17,9 +17,9 @@ import torch
 
 from tests.numerics import runs
 from tests.numerics.test_merged import validation_loss
-from trainers import manifest, merge
+from trainers import manifest, merge, warm
 from trainers.control import CONTROL_FILE, ControlRecord
-from trainers.distributed import train_on_ray
+from trainers.distributed import get_ready, train_on_ray
 from trainers.records import RunDir, rank_log
 from trainers.spec import JobSpec
 from trainers.state import State
@@ -94,6 +94,37 @@ def called(name: str) -> list[psutil.Process]:
             if name in " ".join(process.cmdline()):
                 found.append(process)
     return found
+
+
+def test_the_processes_that_train_are_started_ahead(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
+    def waiting() -> list[int]:
+        found = []
+        for process in called("ray::IDLE"):
+            with suppress(psutil.Error):
+                if warm.WORKER in process.environ():
+                    found.append(process.pid)
+        return sorted(found)
+
+    spec = runs.make_spec(scale={"workers": 2})
+    get_ready(spec)
+    deadline = time.monotonic() + 120
+    while len(ready := waiting()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    done, at_work = threading.Event(), set[int]()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            at_work.update(p.pid for p in called("RayTrainWorker"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert train_on_ray(spec, tiny, store, RunDir(tmp_path, 1, "driver")).status == "finished"
+    finally:
+        done.set()
+        watcher.join()
+    assert sorted(at_work) == ready
 
 
 def test_ray_workers_train_what_one_process_trains(ray_here: None, tiny: Path, store: Path, tmp_path: Path) -> None:
