@@ -60,6 +60,8 @@ PREEMPTION_GRACE_S = 30.0
 """How long workers on other machines may still write a checkpoint after one machine is gone."""
 LOOK_S = 1.0
 """Seconds between two looks at free resources while too little is free."""
+SETTLE_S = 10.0
+"""The longest time that lost workers are given to free what they held."""
 
 Advise = Callable[[JobSpec, Placement], str]
 """The plan that would fit into memory, in a sentence; empty where none is known."""
@@ -86,6 +88,8 @@ def train_on_ray(
     base_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
     losses = Losses()
     for start in itertools.count(1):
+        if start > 1 or run.attempt > 1:
+            _settle()
         place = _room(spec, workers, run)
         if place is None:
             return TrainRecord(status="stopped")
@@ -191,6 +195,17 @@ def _room(spec: JobSpec, workers: int | None, run: RunDir) -> Placement | None:
     finally:
         if demand is not None:
             remove_placement_group(demand)
+
+
+def _settle() -> None:
+    """Return once free resources have stood still for a second: Ray frees what workers held a moment after they ended, and training
+    would go on with fewer than there are, or say that it waits for room."""
+    seen, since = nodes(), time.monotonic()
+    deadline = since + SETTLE_S
+    while time.monotonic() < min(since + 1, deadline):
+        time.sleep(0.1)
+        if (now := nodes()) != seen:
+            seen, since = now, time.monotonic()
 
 
 def _await(short: Short, demand: PlacementGroup | None) -> PlacementGroup | None:
