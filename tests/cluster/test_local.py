@@ -31,7 +31,7 @@ def test_a_head_from_start_to_stop(tmp_path: Path) -> None:
         assert any("sleep 600" in " ".join(p.cmdline()) for p in members)
         next(p for p in members if p.name() == "raylet").kill()
         assert local.find(tmp_path) is None  # half a head is none, and is cleared away
-        assert psutil.wait_procs(members, timeout=120)[1] == []
+        assert psutil.wait_procs(members, timeout=5)[1] == []
         assert not Path(head.temp_dir).exists() and not (tmp_path / "ray.json").exists()
     finally:
         local.stop(tmp_path)

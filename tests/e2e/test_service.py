@@ -163,7 +163,9 @@ def test_a_fully_tuned_model_answers_by_its_name_also_after_a_restart(service: S
 
     assert (run / "deploy.json").exists()  # `succeeded` means that the name has answered
     wait_for(loaded, 120)  # and though nobody else asks, it stays
+    began = time.monotonic()
     assert answer() == "Pong 77!"
+    assert time.monotonic() - began < 5
     service.stop()
     service.start()
     assert answer() == "Pong 77!"  # waits for the load

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from servicekit import wait_for
 
 from service.client import Update
 from service.demo import _Progress, demo
@@ -29,7 +28,7 @@ def test_a_service_that_cannot_start_is_one_clear_error(tmp_path: Path, monkeypa
         with pytest.raises(Unavailable, match=r"The service did not start: Port .* in use") as caught:
             demo(tmp_path / "home")
     assert "choose another --port" in caught.value.remedy
-    wait_for(lambda: not _processes_of(tmp_path))
+    assert _processes_of(tmp_path) == []
 
 
 def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path) -> None:
@@ -50,7 +49,7 @@ def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path) -> None:
     finally:
         child.kill()
     assert child.returncode == 130 and "Interrupted" in said
-    wait_for(lambda: not _processes_of(tmp_path))
+    assert _processes_of(tmp_path) == []
     assert not (home / "ray.json").exists()
 
 

@@ -83,8 +83,8 @@ def test_a_day_with_the_service(tuneyard: Tuneyard, tmp_path: Path) -> None:
     job = begun(client, steps=60, hold=10)
     members = head.members()
     assert "Stopped." in tuneyard("down")
-    assert tuneyard.process and tuneyard.process.wait(120) == 0
-    assert psutil.wait_procs(members, timeout=120)[1] == []
+    assert tuneyard.process and tuneyard.process.wait(5) == 0
+    assert psutil.wait_procs(members, timeout=2)[1] == []
     assert local.find(tuneyard.home) is None and not (tuneyard.home / "service.json").exists()
     assert "Nothing was running." in tuneyard("down")
     tuneyard.up()
@@ -101,7 +101,7 @@ def test_a_day_with_the_service(tuneyard: Tuneyard, tmp_path: Path) -> None:
     members = head.members()
     tuneyard.end(signal.SIGKILL)
     assert "Stopped." in tuneyard("down")
-    assert psutil.wait_procs(members, timeout=120)[1] == [] and local.find(tuneyard.home) is None
+    assert psutil.wait_procs(members, timeout=2)[1] == [] and local.find(tuneyard.home) is None
     store = Store(f"sqlite:///{tuneyard.home / 'tuneyard.db'}")
     assert [(row.id, row.status, row.losses) for row in store.open_jobs()] == [(job, "queued", 0)]
     store.close()

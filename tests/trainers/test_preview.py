@@ -77,7 +77,7 @@ def test_a_row_without_end_costs_nothing(tiny: Path, tmp_path: Path) -> None:
     begun = time.thread_time()  # of this thread alone: the machine may be busy
     endless, good = preview(spec, tiny).examples
     assert endless.error and "more than a preview looks at" in endless.error["message"] and good.tokens
-    assert time.thread_time() - begun < 10
+    assert time.thread_time() - begun < 3
 
 
 def test_what_stops_a_job_is_shown_in_its_place(tiny: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 def test_hostile_templates_are_stopped(source: str, says: str) -> None:
     start, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert says in refused(source)
-    assert time.monotonic() - start < 120  # 2 s of CPU time, on a machine that may be busy
+    assert time.monotonic() - start < 30  # 2 s of CPU time, on a machine that may be busy
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
     assert render(PLAIN) == "[user]  Hi \n[assistant] Hello\n"
 
