@@ -62,6 +62,7 @@ check: lint types test
 
 bench: $(READY)
 	@$(BIN)/python -m tests.benchmarks.train
+	@$(BIN)/python -m tests.benchmarks.scaling
 	@$(BIN)/python -m tests.benchmarks.data
 	@$(BIN)/python -m tests.benchmarks.curate
 

@@ -27,7 +27,7 @@ from trainers.errors import Unavailable
 RECORD = "ray.json"
 TOKEN = "ray.token"
 MARKER = "TUNEYARD_RAY"
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def _environment(head: LocalHead, path: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": head.token_file,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(int(START_TIMEOUT_S)),  # by default 60 s, too few on a machine that is busy
         # Without it Ray turns 127.0.0.1 into the machine's outer address and its daemons listen everywhere.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Threads that wait for each other spin briefly, then sleep: see trainers/local.py.

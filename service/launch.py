@@ -29,7 +29,6 @@ from trainers.catalogue import Base, find_any
 from trainers.chat import Chat
 from trainers.errors import Fenced, SpecError, TuneyardError
 from trainers.fetch import ensure
-from trainers.placement import choose
 from trainers.records import (
     TEMPLATE_FILE,
     DataReport,
@@ -63,12 +62,12 @@ def launch(run: RunDir, started: float) -> OutcomeRecord:
 
 
 def _stages(spec: JobSpec, order: LaunchOrder, run: RunDir, moments: dict[str, float]) -> OutcomeRecord:
-    from trainers.distributed import nodes
+    from trainers.distributed import get_ready
 
     base = find_any(spec.model.base)
     spec = resolve.defaults(spec, base)
     model_dir = ensure(base, Path(order.models), say=run.event)
-    choose(spec.scale.workers, nodes())  # refuses now what could never be placed
+    get_ready(spec, order.workers)
 
     prepared = prepare_stage(spec, model_dir, order, run)
     trained = train_stage(spec, model_dir, prepared, order, run, moments | {"data ready": time.time()})

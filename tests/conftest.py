@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub, whatever it imports
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is loaded; see trainers/local.py
+
+# The same examples on every machine and in every run, however slow it is: what passed here passes there.
+settings.register_profile("tuneyard", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tuneyard")
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -27,10 +34,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[_ended] = int(exitstatus)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config: pytest.Config) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_unconfigure(config: pytest.Config) -> Generator[None]:
     """All is told and torn down: end here. Threads of torch, gloo and Ray have been seen to crash a Python that shuts down after that,
-    which would turn a passed run into a failed one. The outcome is pytest's own."""
+    which would turn a passed run into a failed one, as would what is found unclosed only now. The outcome is pytest's own."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
     if (status := config.stash.get(_ended, None)) is not None:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -25,11 +25,14 @@ from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2._internal import constants
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from trainers import manifest, resolve, vault
+from trainers import manifest, resolve, vault, warm
 from trainers.control import preempted, should_stop, wanted
 from trainers.errors import Fenced, OutOfMemory, WorkerLost
 from trainers.losses import MAX_LOSSES, Losses, why
@@ -39,6 +42,7 @@ from trainers.spec import JobSpec, Placement
 from trainers.store import TokenStore
 
 WORKER_ENVIRONMENT = {
+    warm.WORKER: "1",
     "GOMP_SPINCOUNT": "20000",  # see trainers.local
     # The loop runs in a thread of the worker, whose own malloc arena gives memory back after every step and faults it in again.
     "MALLOC_ARENA_MAX": "1",
@@ -49,11 +53,15 @@ RAY_TRAIN_ENVIRONMENT = {  # and no watcher for preemption on a cluster of one m
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late the end of training, or of a worker, is seen; 2 by default
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how late a notice is seen; of the 30 s that some clouds give, 5 by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # what a worker prints goes to its own log
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it; named here so that `get_ready` knows all that is set
+    warm.SETUP_HOOK: "trainers.warm.begin",
 }
 PREEMPTION_GRACE_S = 30.0
 """How long workers on other machines may still write a checkpoint after one machine is gone."""
 LOOK_S = 1.0
 """Seconds between two looks at free resources while too little is free."""
+SETTLE_S = 10.0
+"""The longest time that lost workers are given to free what they held."""
 
 Advise = Callable[[JobSpec, Placement], str]
 """The plan that would fit into memory, in a sentence; empty where none is known."""
@@ -74,12 +82,14 @@ def train_on_ray(
     `spec` has gone through `resolve.defaults`; what depends on the place is resolved here, at each start, and kept as `resolved.json`.
     `workers` overrides `scale.workers`. `since`: see `trainers.train.train`. Raises OutOfMemory or WorkerLost when workers kept dying.
     """
-    os.environ.update(RAY_TRAIN_ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=str(int(len(nodes()) > 1)))
+    _set_environment()
     place_of_checkpoints = vault.at(run, spec.checkpoint)
     num_examples = len(TokenStore(store, "train"))
     base_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
     losses = Losses()
     for start in itertools.count(1):
+        if start > 1 or run.attempt > 1:
+            _settle()
         place = _room(spec, workers, run)
         if place is None:
             return TrainRecord(status="stopped")
@@ -124,6 +134,31 @@ def train_on_ray(
     raise AssertionError("unreachable")
 
 
+def get_ready(spec: JobSpec, workers: int | None = None) -> None:
+    """Have Ray start the processes that `train_on_ray` will need, beside whatever is done before it."""
+    _set_environment()
+    place = choose(spec.scale.workers if workers is None else workers, nodes())  # refuses now what could never be placed
+    if not isinstance(place, Placement):
+        return  # there is no room yet
+    environment = constants.get_env_vars_to_propagate()
+    machines = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: -node["Resources"].get("CPU", 0))
+    left = place.workers
+    for node in machines:  # the workers first: Ray starts few processes of a machine at a time, and these load the longest
+        has = node["Resources"]
+        room = int(has.get("GPU", 0)) if place.device == "cuda" else int(has.get("CPU", 0)) // place.threads_per_worker
+        if count := min(left, room):
+            warm.ahead(node, count, environment, WORKER_ENVIRONMENT)
+            left -= count
+    here = ray.get_runtime_context().get_node_id()
+    warm.ahead(next(node for node in machines if node["NodeID"] == here), 1, environment)  # Ray Train's controller
+
+
+def _set_environment() -> None:
+    """What Ray Train passes on from this process to its controller, and from there to its workers."""
+    os.environ.update(RAY_TRAIN_ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=str(int(len(nodes()) > 1)))
+    constants.ENV_VARS_TO_PROPAGATE.add(warm.SETUP_HOOK)
+
+
 def nodes() -> list[Node]:
     """The cluster's machines, but for those that are about to be taken away."""
     free, leaving = available_resources_per_node(), ray_state.get_draining_nodes()
@@ -162,6 +197,17 @@ def _room(spec: JobSpec, workers: int | None, run: RunDir) -> Placement | None:
             remove_placement_group(demand)
 
 
+def _settle() -> None:
+    """Return once free resources have stood still for a second: Ray frees what workers held a moment after they ended, and training
+    would go on with fewer than there are, or say that it waits for room."""
+    seen, since = nodes(), time.monotonic()
+    deadline = since + SETTLE_S
+    while time.monotonic() < min(since + 1, deadline):
+        time.sleep(0.1)
+        if (now := nodes()) != seen:
+            seen, since = now, time.monotonic()
+
+
 def _await(short: Short, demand: PlacementGroup | None) -> PlacementGroup | None:
     """Wait a little with a standing request for what is missing, which is what an autoscaler answers; the request, if it still stands."""
     demand = demand or placement_group([{short.unit: 1.0}] * short.workers)
@@ -194,6 +240,15 @@ class _Torch(BackendConfig):
         return _Backend
 
 
+class _Trainer(DataParallelTrainer):
+    """Ray Train's, without two actors for which the workers would have to wait, each a process of its own: one shares out data sets,
+    of which there are none here, and one removes the placement group of a controller that died, which Ray itself does as well."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        without = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, without)]
+
+
 def _fit(spec: JobSpec, model_dir: Path, store: Path, run: RunDir, place: Placement, start: int, since: dict[str, float]) -> TrainRecord:
     """Start the workers, wait for their end. Raises Ray's TrainingFailedError when one was lost, Fenced when another attempt took over."""
     config = {
@@ -206,7 +261,7 @@ def _fit(spec: JobSpec, model_dir: Path, store: Path, run: RunDir, place: Placem
         "since": since,
     }
     gpu = place.device == "cuda"
-    trainer = DataParallelTrainer(
+    trainer = _Trainer(
         _worker,
         train_loop_config=config,
         backend_config=_Torch(),
@@ -216,7 +271,7 @@ def _fit(spec: JobSpec, model_dir: Path, store: Path, run: RunDir, place: Placem
         run_config=ray.train.RunConfig(
             name=f"{run.root.name}-{run.attempt}-{start}",
             storage_path=str(run.path("ray_train")),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT, "worker_process_setup_hook": "trainers.warm.begin"},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0, preemption_grace_s=PREEMPTION_GRACE_S
             ),

@@ -133,8 +133,6 @@ class _Work(NamedTuple):
         """Inspect every source and choose the tokenizer's backend."""
         data = spec.data
         chat = Chat.load(model_dir, spec.model.template)
-        if executor == "ray":
-            _warm_up(chat)
         rules = Rules.of(spec)
         RowChecks(data.curate)  # what cannot be checked is refused here and not in every worker
         sources = [*data.train, *(data.validation if isinstance(data.validation, list) else [])]
@@ -239,6 +237,8 @@ def _build(work: _Work, folder: Path, run: RunDir) -> None:
             told = time.monotonic()
             run.progress("prepare", done=done, total=max(done, total))
 
+    if work.executor == "ray":
+        _warm_up(work.chat)
     with Spool.open(folder.parent / f".{folder.name}.parts.tmp", work.chunks) as spool:
         if is_store(folder):  # another job made it while we waited
             spool.remove()

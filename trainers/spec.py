@@ -279,8 +279,8 @@ class EvalTask(Part):
     path: str
     """Held-out conversations, in any format that training reads; the last assistant turn is the reference."""
     metric: Literal["exact_match", "json_match", "json_schema", "regex", "contains", "choice", "rouge", "bleu", "chrf"] = "exact_match"
-    """How an answer is scored: equal text (outer blanks aside), equal JSON values, JSON that meets `json_schema`, text in which `pattern` is
-    found, text that holds the reference, the likeliest of `choices` by log-likelihood, or likeness to the reference."""
+    """How an answer is scored: equal text (outer blanks aside), equal JSON values, JSON that meets `json_schema`, text in which `pattern`
+    is found, text that holds the reference, the likeliest of `choices` by log-likelihood, or likeness to the reference."""
     name: str | None = None
     """What the report calls this task; the path's last part by default."""
     max_tokens: Annotated[int, Field(ge=1, le=8192)] = 256

@@ -38,7 +38,7 @@ def test_a_head_from_start_to_stop(tmp_path: Path) -> None:
     assert not local.stop(tmp_path)
 
 
-def wait(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+def wait(condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -32,7 +32,7 @@ class Service:
         command = [sys.executable, "-m", "service.cli", "up", "--port", "0"]
         self.log = (self.home.parent / "up.log").open("a")
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
-        wait_for(lambda: self.process.poll() is not None or self.answers(), 120)
+        wait_for(lambda: self.process.poll() is not None or self.answers(), 300)
         assert self.process.poll() is None, (self.home.parent / "up.log").read_text()
         url = json.loads((self.home / "service.json").read_text())["base_url"]
         self.client = OpenAI(base_url=url, api_key=(self.home / "key").read_text())
@@ -52,7 +52,7 @@ class Service:
     def stop(self) -> None:
         self.client.close()
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=240)
         self.log.close()
 
     def create(self, rows: list[Any], **arguments: Any) -> Any:
@@ -60,7 +60,7 @@ class Service:
         file = self.client.files.create(file=("mine.jsonl", text.encode()), purpose="fine-tune")
         return self.client.fine_tuning.jobs.create(**{"model": MODEL, "training_file": file.id, **arguments})
 
-    def wait(self, job_id: str, seconds: float = 240) -> Any:
+    def wait(self, job_id: str, seconds: float = 900) -> Any:
         final = ("succeeded", "failed", "cancelled")
         wait_for(lambda: self.client.fine_tuning.jobs.retrieve(job_id).status in final, seconds)
         return self.client.fine_tuning.jobs.retrieve(job_id)
@@ -77,11 +77,19 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def service(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def one_home(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = Service(tmp_path_factory.mktemp("e2e") / "home")
     yield running
     if running.process.poll() is None:
         running.stop()
+
+
+@pytest.fixture
+def service(one_home: Service) -> Service:
+    """The service that all tests share, in whatever order they come: one of them stops it."""
+    if one_home.process.poll() is not None:
+        one_home.start()
+    return one_home
 
 
 def pong(number: int) -> dict[str, str]:
@@ -91,7 +99,7 @@ def pong(number: int) -> dict[str, str]:
 def test_fifty_rows_of_ones_own_survive_a_killed_service_and_answer(service: Service) -> None:
     own_template = {"model": {"template": "chatml"}}  # the base's own adds a system message
     job = service.create([pong(n) for n in range(50)], suffix="pong", hyperparameters={"n_epochs": 3}, extra_body={"job": own_template})
-    wait_for(lambda: service.detail(job.id)["stage"] == "train", 120)
+    wait_for(lambda: service.detail(job.id)["stage"] == "train", 300)
     service.kill()
     service.start()
 
@@ -149,9 +157,15 @@ def test_a_fully_tuned_model_answers_by_its_name_also_after_a_restart(service: S
     def answer() -> str:
         return service.client.chat.completions.create(model=job.fine_tuned_model, **asked).choices[0].message.content
 
+    def loaded() -> bool:
+        status: Any = service.client.get("/tuneyard/status", cast_to=object)
+        return (job.fine_tuned_model, "RUNNING") in {(app["model"], app["status"]) for app in status["apps"]}
+
+    assert (run / "deploy.json").exists()  # `succeeded` means that the name has answered
+    wait_for(loaded, 120)  # and though nobody else asks, it stays
     began = time.monotonic()
     assert answer() == "Pong 77!"
-    assert time.monotonic() - began < 5  # it is loaded already: `succeeded` means that the name answers
+    assert time.monotonic() - began < 5
     service.stop()
     service.start()
     assert answer() == "Pong 77!"  # waits for the load
@@ -191,7 +205,7 @@ def test_ctrl_c_leaves_nothing_running(service: Service) -> None:
     assert mine
     service.stop()
     assert service.process.returncode == 0
-    wait_for(lambda: not [p for p in psutil.process_iter() if p.pid in mine and p.status() != psutil.STATUS_ZOMBIE], 20)
+    wait_for(lambda: not [p for p in psutil.process_iter() if p.pid in mine and p.status() != psutil.STATUS_ZOMBIE], 120)
 
 
 def _environment(process: psutil.Process) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,12 @@ def run_training(
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nothing listens on, and that the system gives to nobody who asks for any: it stays free until it is taken."""
+    while True:
+        with socket.socket() as s, suppress(OSError):
+            port = secrets.choice(range(20_000, 32_000))
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def spawn(
@@ -99,7 +104,7 @@ def spawn(
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 240) -> str:
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 600) -> str:
     """Wait for all of them; what they printed. None may fail."""
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)

@@ -89,7 +89,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
-@settings(max_examples=260, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=260, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 8), budget=st.integers(16, 200), ranks=st.integers(1, 4))
 def test_packed_accumulated_and_spread_equals_the_padded_reference(
     trainee: model.Trainee, seed: int, count: int, budget: int, ranks: int

@@ -105,7 +105,7 @@ def served(tiny: Path, adapters: list[str], tmp_path_factory: pytest.TempPathFac
         assert process.stdin is not None
         process.stdin.close()
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -147,7 +147,7 @@ def over_http(app: Any) -> Iterator[str]:
             thread.join()
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, wait_s: float = 120) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, wait_s: float = 240) -> None:
     started = time.monotonic()
     while time.monotonic() - started < wait_s and process.poll() is None:
         try:

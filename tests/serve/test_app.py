@@ -41,13 +41,17 @@ def test_streamed_answer_is_the_whole_one(served) -> None:
 
 
 def test_the_stream_is_not_held_back(served) -> None:
-    arrived = [time.monotonic() for _ in ask(served, stream=True, max_tokens=300)]
-    assert arrived[1] - arrived[0] < (arrived[-1] - arrived[0]) / 2
+    early = False
+    for _ in range(20):  # whoever reads late on a busy machine finds several pieces there; one that is held back is never early
+        arrived = [time.monotonic() for _ in ask(served, stream=True, max_tokens=300)]
+        if early := arrived[1] - arrived[0] < (arrived[-1] - arrived[0]) / 2:
+            break
+    assert early
 
 
 def test_wire_format_of_a_stream(served) -> None:
     body = {"model": "m", "messages": MESSAGES, "max_tokens": 2, "stream": True, "temperature": 0}
-    response = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {served.token}"})
+    response = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {served.token}"}, timeout=60)
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = response.text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
@@ -114,7 +118,7 @@ def test_adapter_that_is_not_there(served) -> None:
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": "serving-token"}])
 def test_token_is_asked_for(served, headers: dict[str, str]) -> None:
     for path in ("/v1/chat/completions", "/v1/tuneyard/prompt"):
-        response = httpx.post(f"{served.url}{path}", json={"model": "m", "messages": MESSAGES}, headers=headers)
+        response = httpx.post(f"{served.url}{path}", json={"model": "m", "messages": MESSAGES}, headers=headers, timeout=60)
         assert response.status_code == 401
         assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 
@@ -125,10 +129,10 @@ def test_a_client_that_leaves_stops_its_generation(served) -> None:
     stream.close()
     with pytest.raises(openai.APITimeoutError):  # and one who waits for a whole answer
         client(served, timeout=0.05).chat.completions.create(model="m", messages=MESSAGES, n=8, max_tokens=480)
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{served.url}/healthz").json()["running"] and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while running := httpx.get(f"{served.url}/healthz", timeout=60).json()["running"]:
+        assert time.monotonic() < deadline, running
         time.sleep(0.02)
-    assert httpx.get(f"{served.url}/healthz").json()["running"] == 0
 
 
 # -- adapters with a template of their own ----------------------------------------------------------------------------

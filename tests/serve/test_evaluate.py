@@ -37,7 +37,8 @@ class Peer:
         self.app.post("/m/v1/chat/completions")(self.chat)
         self.requests: list[tuple[dict, dict]] = []
         self.asked: Counter[tuple[str, str]] = Counter()
-        self.now = self.most = 0
+        self.now = self.most = self.awaited = 0
+        """How many are asked at a time, were at most, and must be before any is answered."""
 
     async def chat(self, request: Request) -> Response:
         import asyncio
@@ -52,7 +53,10 @@ class Peer:
         self.asked[key] += 1
         self.now += 1
         self.most = max(self.most, self.now)
-        await asyncio.sleep(0.02)
+        deadline = time.monotonic() + 60
+        while self.most < self.awaited and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
         self.now -= 1
         number = question.removeprefix("flaky ").removeprefix("broken ").removeprefix("refused ")
         if question.startswith("flaky") and self.asked[key] < TRIES:
@@ -132,6 +136,7 @@ def test_base_and_tuned_are_asked_and_compared(tmp_path: Path, peer: tuple[Peer,
 
 
 def test_requests_say_what_the_serving_app_needs(tmp_path: Path, peer: tuple[Peer, Endpoint]) -> None:
+    peer[0].awaited = 2
     evaluate(RunDir(tmp_path / "run"), [task(tmp_path, [str(n) for n in range(80)])], peer[1], BASE, TUNED)
     assert 2 <= peer[0].most <= CONCURRENCY
     by_model = {headers["x-tuneyard-model"]: (headers, body) for headers, body in peer[0].requests}

@@ -161,15 +161,27 @@ def test_a_live_stream_keeps_its_adapter(tiny: Path, adapters: list[str]) -> Non
     probe.close()
     engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1, max_adapter_bytes=sizes[0] + max(sizes[1:]))
 
-    async def main() -> list[int]:
-        async with aclosing(engine.generate(greedy(prompt_ids=prompt(9), adapter=adapters[0], max_tokens=300))) as stream:
-            ids = [(await anext(stream)).id]  # type: ignore[union-attr]
-            for other in (*adapters[1:], *adapters[1:]):
-                await collect(engine, greedy(prompt_ids=prompt(5), adapter=other, max_tokens=2))
-                assert adapters[0] in engine.adapters.loaded() and len(engine.adapters.loaded()) == 2
-            return ids + [event.id async for event in stream if isinstance(event, TokenEvent)]
+    others = (*adapters[1:], *adapters[1:])
 
-    assert asyncio.run(main()) == alone
+    async def main() -> tuple[list[int], int]:
+        """(what the stream said, how many others were answered while it ran)"""
+        async with aclosing(engine.generate(greedy(prompt_ids=prompt(9), adapter=adapters[0], max_tokens=300))) as stream:
+            ids, met = [(await anext(stream)).id], 0  # type: ignore[union-attr]
+            for other in others:
+                await collect(engine, greedy(prompt_ids=prompt(5), adapter=other, max_tokens=2))
+                kept = adapters[0] in engine.adapters.loaded() and len(engine.adapters.loaded()) == 2
+                if any(row.request.max_tokens == 300 for row in engine._decoding):
+                    assert kept
+                    met += 1
+            return ids + [event.id async for event in stream if isinstance(event, TokenEvent)], met
+
+    met = 0
+    for _ in range(20):  # on a busy machine the stream may be over before the others were answered
+        said, met = asyncio.run(main())
+        assert said == alone
+        if met == len(others):
+            break
+    assert met == len(others)
     engine.close()
 
 
@@ -385,7 +397,7 @@ def test_what_is_kept_is_bounded(tiny: Path, reference: Any) -> None:
 
 
 def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert condition()
@@ -393,33 +405,47 @@ def wait_until(condition: Any) -> None:
 
 def test_a_consumer_that_leaves_frees_its_row_and_adapter(engine: TransformersEngine, adapters: list[str]) -> None:
     async def main() -> None:
-        async with aclosing(engine.generate(greedy(prompt_ids=prompt(5), adapter=adapters[0], max_tokens=500))) as stream:
-            await anext(stream)
-            assert engine.num_running == 1
+        ran = False
+        for _ in range(20):  # on a busy machine all may be said before we look
+            async with aclosing(engine.generate(greedy(prompt_ids=prompt(5), adapter=adapters[0], max_tokens=500))) as stream:
+                await anext(stream)
+                if ran := engine.num_running == 1:
+                    break
+        assert ran
         waiting = asyncio.create_task(collect(engine, greedy(prompt_ids=prompt(5), adapter=adapters[1], max_tokens=500)))
         await asyncio.sleep(0.05)
         waiting.cancel()
 
     asyncio.run(main())
     wait_until(lambda: engine.num_running == 0)
-    held = [engine.adapters.acquire(a) for a in adapters[:2]]
-    assert [a.num_users for a in held] == [1, 1]  # ours alone
-    for adapter in held:
-        engine.adapters.release(adapter)
+
+    def ours_alone() -> bool:
+        held = [engine.adapters.acquire(a) for a in adapters[:2]]
+        users = [a.num_users for a in held]
+        for adapter in held:
+            engine.adapters.release(adapter)
+        return users == [1, 1]
+
+    wait_until(ours_alone)
 
 
 def test_close_ends_what_runs(tiny: Path) -> None:
-    engine = TransformersEngine(tiny, dtype=torch.float32, num_threads=1)
-
-    async def main() -> None:
+    async def main(engine: TransformersEngine) -> bool:
+        """Whether the stream was told to end; else it had ended by itself."""
         async with aclosing(engine.generate(greedy(prompt_ids=prompt(5), max_tokens=500))) as stream:
             await anext(stream)
             await asyncio.to_thread(engine.close)
-            with pytest.raises(Unavailable, match="stopped"):
+            try:
                 async for _ in stream:
                     pass
+                return False
+            except Unavailable as error:
+                return "stopped" in error.message
 
-    asyncio.run(main())
+    tries = 1
+    while not asyncio.run(main(engine := TransformersEngine(tiny, dtype=torch.float32, num_threads=1))):
+        tries += 1
+        assert tries < 20
     with pytest.raises(Unavailable, match="stopped"):
         ask(engine, greedy(prompt_ids=prompt(5)))
 

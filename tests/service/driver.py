@@ -1,7 +1,8 @@
 """A stand-in for the training driver, real in all that the runner sees: process, lease, run directory, outcome.
 
 The training file's first row says how to behave:
-{"steps": 5, "seconds": 0.1, "end": "ok" | "refuse" | "crash", "stubborn": bool, "prepare_s": seconds}.
+{"steps": 5, "seconds": 0.1, "hold": 3, "end": "ok" | "refuse" | "crash", "stubborn": bool, "prepare_s": seconds}.
+With `hold`, the first attempt waits after that step until it is told to stop, killed, or finds a file `go` in the run directory.
 """
 
 import argparse
@@ -66,6 +67,9 @@ def work(run: RunDir, orders: dict) -> None:
         )  # fmt: skip
         run.append("metrics", [record])
         run.progress("train", done=step, total=steps, train_loss=record.train_loss, left_s=1.0)
+        while step == orders.get("hold") and run.attempt == 1 and not (stop() or run.path("go").exists()):
+            run.check_lease()
+            time.sleep(0.02)
         if stop() and not last:
             save(run, step, None)
             run.write("outcome.json", OutcomeRecord(status="stopped"))

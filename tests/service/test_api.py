@@ -35,7 +35,7 @@ def create(client: OpenAI, **more: Any) -> FineTuningJob:
 
 
 def raw(service: Service) -> httpx.Client:
-    return httpx.Client(base_url=service.base_url, headers={"authorization": f"Bearer {service.key()}"})
+    return httpx.Client(base_url=service.base_url, headers={"authorization": f"Bearer {service.key()}"}, timeout=120)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ def test_projects_do_not_see_each_other(service: Service) -> None:
     ],
 )
 def test_without_a_good_key(service: Service, header: str | None, method: str, path: str) -> None:
-    answer = httpx.request(method, service.base_url + path, headers={"authorization": header} if header else {})
+    answer = httpx.request(method, service.base_url + path, headers={"authorization": header} if header else {}, timeout=120)
     assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
 
 

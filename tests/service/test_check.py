@@ -30,7 +30,7 @@ def run(tmp_path: Path, smollm: Path):
     def command(*words: str, **environment: str) -> tuple[int, str, str]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TUNEYARD_HOME": str(tmp_path / "home"), "TUNEYARD_MODELS": str(smollm.parent)}
         done = subprocess.run(
-            [sys.executable, "-m", "service.cli", *words], cwd=tmp_path, capture_output=True, text=True, env=env | environment, timeout=120
+            [sys.executable, "-m", "service.cli", *words], cwd=tmp_path, capture_output=True, text=True, env=env | environment, timeout=600
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -165,7 +165,7 @@ def test_ctrl_c_while_reading_leaves_at_once_and_quietly(tmp_path: Path, smollm:
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=inner, env=env, preexec_fn=listen) as process:
         os.close(inner)
         seen = b""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while b"rows" not in seen and time.monotonic() < deadline:
             seen += os.read(terminal, 4096)  # the progress bar
         process.send_signal(signal.SIGINT)
@@ -175,7 +175,7 @@ def test_ctrl_c_while_reading_leaves_at_once_and_quietly(tmp_path: Path, smollm:
                 seen += os.read(terminal, 4096)
             except OSError:
                 break
-        assert process.wait(20) == 130 and time.monotonic() - asked < 10
+        assert process.wait(20) == 130 and time.monotonic() - asked < 10  # and not 0, as at the end of the data
     os.close(terminal)
     assert b"rows" in seen and b"Traceback" not in seen
 

@@ -86,7 +86,7 @@ def until(serving: Serving, condition: Callable[[], Any]) -> Any:
         serving.step()
         return condition()
 
-    return wait_for(look, 90)
+    return wait_for(look)
 
 
 def running(service: Service) -> set[str]:

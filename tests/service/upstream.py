@@ -24,6 +24,8 @@ class Upstream:
         self.words = ""
         """What stands before each number that a stream counts."""
         self.closed = threading.Event()
+        self.seen: threading.Semaphore | None = None
+        """Pieces of a stream that may be sent; None lets one go every 0.2 s."""
 
     def app(self) -> Starlette:
         paths = ("/{app}/v1/chat/completions", "/{app}/v1/completions")
@@ -60,8 +62,11 @@ class Upstream:
             for n in range(1000 if self.answer == "endless" else 3):
                 delta = {"index": 0, "delta": {"content": f"{self.words or ''}{n} "}, "finish_reason": None}
                 chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": body["model"], "choices": [delta]}
+                if self.seen and not await asyncio.to_thread(self.seen.acquire, timeout=120.0):
+                    raise AssertionError("the piece before was not passed on")
                 yield f"data: {json.dumps(chunk)}\n\n"
-                await asyncio.sleep(0.2)
+                if not self.seen:
+                    await asyncio.sleep(0.2)
                 if self.answer in ("die", "stop"):
                     yield f"data: {json.dumps(chunk)[:20]}"  # and the rest of it never comes
                     if self.answer == "stop":

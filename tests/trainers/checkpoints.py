@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from trainers.checkpoint import Checkpointer, Progress
+from trainers.checkpoint import Checkpointer, Progress, folders
 from trainers.parallel import World
 from trainers.records import CheckpointRecord, RunDir
 from trainers.spec import CheckpointPart
@@ -65,6 +65,16 @@ def events(root: Path) -> list[str]:
     return [e.message for _, found in RunDir(root).events() for e in found]
 
 
+def restored(root: Path, say: Callable[[str], None] = lambda _: None, **part: Any) -> tuple[int, dict[str, Tensor]]:
+    """(step, state) that a new attempt begins with."""
+    got = blank(values(0))
+    return saver(root, 9, **part).restore(got, say).step, got
+
+
+def names(root: Path) -> list[str]:
+    return [folder.name for folder in folders(RunDir(root))]
+
+
 # -- workers as threads ------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +82,7 @@ class Meeting:
     """Where threads add up what they bring."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=10)
+        self.barrier = threading.Barrier(size, timeout=120)
         self.brought: dict[int, list[Tensor]] = {}
 
 
@@ -184,10 +194,10 @@ def save_with_little_room(root: Path, max_bytes: int) -> None:
     os._exit(5)
 
 
-def in_a_group(rank: int, size: int, address: str, root: Path) -> None:
+def in_a_group(rank: int, size: int, meeting: str, root: Path) -> None:
     """A real process group: save on a 2-D mesh (HSDP) and on a 1-D one, read each on the other."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     world = World(rank, size)
     hybrid, flat = init_device_mesh("cpu", (2, size // 2)), init_device_mesh("cpu", (size,))
     for step, (source, target) in enumerate([(hybrid, flat), (flat, hybrid)], start=1):

@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +338,7 @@ import pyarrow.parquet
 def peak():
     status = Path("/proc/self/status").read_text()  # getrusage would tell of the parent's memory too
     return int(status.split("VmHWM:")[1].split()[0]) // 1024
-before, begun, told, good = peak(), time.monotonic(), [], 0
+before, begun, told, good = peak(), time.process_time(), [], 0
 try:
     for chunk in inspect(Source(path=sys.argv[1])).chunks:
         for row in read(chunk):
@@ -349,12 +348,21 @@ try:
                 good += 1
 except TuneyardError as error:
     told.append([error.message, error.remedy])
-print(json.dumps({"told": told, "good": good, "grown_mb": peak() - before, "seconds": time.monotonic() - begun}))
+print(json.dumps({"told": told, "good": good, "grown_mb": peak() - before, "seconds": time.process_time() - begun}))
 """
 
 
 def measured(path: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    exact = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}  # what is freed is given back at once
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, path],
+        env={**os.environ, **exact},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
     return json.loads(done.stdout)
 
 
@@ -390,12 +398,11 @@ def test_a_bomb_is_refused_in_little_memory_and_time(put: Any, pack: Any, what: 
     part = {"zeros": bytes(2**24), "blank lines": b"\n" * 2**24, "rows": f"{GOOD}\n".encode() * 2**17, "one array": b"[" * 2**24}[what]
     packed = pack(f"{GOOD}\n".encode()) + pack(part) * (1 + 2**30 // len(part))  # members one after another unpack as one file
     assert len(packed) < 2**22
-    begun = time.monotonic()
     found = measured(put(packed).path)
     assert found["told"] == [
         [f"data.jsonl unpacks to more than {2**30:,} bytes, from {len(packed):,}.", "Unpack it yourself if you trust it."]
     ]
-    assert found["grown_mb"] < 100 and time.monotonic() - begun < 30
+    assert found["grown_mb"] < 100 and found["seconds"] < 30
 
 
 def test_repetitive_rows_are_no_bomb(put: Any) -> None:
@@ -424,7 +431,6 @@ def _read_back(data: bytes, name: str, chunk_bytes: int) -> list[Any]:
         return [(row.where, str(row)) if isinstance(row, RowError) else (row["id"], row["messages"]) for row in rows]
 
 
-@settings(deadline=None)
 @given(lines=st.lists(LINES, max_size=12), chunk_bytes=st.integers(1, 500), end=st.sampled_from([b"\n", b"\r\n"]))
 def test_every_line_becomes_a_conversation_or_an_error(lines: list[bytes], chunk_bytes: int, end: bytes) -> None:
     data = end.join([GOOD.encode(), *lines])
@@ -433,7 +439,6 @@ def test_every_line_becomes_a_conversation_or_an_error(lines: list[bytes], chunk
     assert found == _read_back(data, "x.jsonl", 2**30)
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=9)] * 3), min_size=1),
     chunk_bytes=st.integers(1, 99),
@@ -448,7 +453,7 @@ def test_every_record_becomes_a_conversation_or_an_error(rows: list[tuple[str, .
     assert good == [a for q, i, a in rows if (q.strip() or i.strip()) and a.strip()]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     data=st.one_of(st.binary(max_size=200), st.text('[]{}",:\\ \n1a\ufeff', max_size=40).map(str.encode)),
     name=st.sampled_from(["x.jsonl", "x.json", "x.csv"]),

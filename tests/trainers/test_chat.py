@@ -79,7 +79,7 @@ def test_supervised_is_exactly_the_answer_and_its_end(chat: Chat) -> None:
         assert example.weights[0] == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(messages=conversations(), last=st.booleans())
 def test_any_conversation_keeps_every_promise(chat: Chat, messages: list[Message], last: bool) -> None:
     train_on = "last_assistant" if last else "assistant"

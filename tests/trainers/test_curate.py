@@ -358,9 +358,9 @@ def test_long_texts_take_no_more_than_seconds(unit: str) -> None:
     checks = RowChecks(Curate(refusals="report", repetition="report", junk="report", languages=["en"], personal_data="report"))
     checks(answer("Load the model of languages first, if it is not there."))
     row = answer(unit * (1_000_000 // len(unit)))
-    begun = time.perf_counter()
+    begun = time.thread_time()  # of this thread alone: the machine may be busy
     checks(row)
-    assert time.perf_counter() - begun < 5
+    assert time.thread_time() - begun < 5
 
 
 # -- fingerprints --------------------------------------------------------------------------------------------------------

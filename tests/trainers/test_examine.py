@@ -231,7 +231,7 @@ LINES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lines=st.lists(LINES, min_size=1, max_size=12), overlength=st.sampled_from(["refuse", "drop", "truncate_prompt", "split_turns"]))
 def test_no_row_vanishes_and_no_user_token_is_trained(
     chatml: Chat, tmp_path_factory: pytest.TempPathFactory, lines: list[str], overlength: str

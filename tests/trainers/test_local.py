@@ -33,7 +33,7 @@ def test_under_torchrun_two_workers_train_merge_and_end_well(tiny: Path, tmp_pat
     path = job(tmp_path, tiny, method={"type": method})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     command = [*torchrun, "trainers.local", str(path), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(tmp_path / "run")
     trained, merged = run.read("train.json", TrainRecord), run.read("model.json", ModelRecord)
@@ -46,6 +46,6 @@ def test_under_torchrun_two_workers_train_merge_and_end_well(tiny: Path, tmp_pat
 def test_a_job_that_cannot_be_is_one_line_of_cause_and_one_of_remedy(tiny: Path, tmp_path: Path) -> None:
     path = job(tmp_path, tiny, method={"type": "qlora"}, scale={"sharding": "full"})
     command = [sys.executable, "-m", "trainers.local", str(path), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 1 and "four-bit weights cannot be sharded" in done.stderr and "  fix: " in done.stderr
     assert "Traceback" not in done.stderr

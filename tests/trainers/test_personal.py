@@ -181,9 +181,9 @@ def test_what_holds_no_personal_data_is_left_as_it_was_written(text: str) -> Non
 def test_time_is_linear_in_the_text(unit: str) -> None:
     def seconds(size: int) -> float:
         text = unit * (size // len(unit))
-        begun = time.perf_counter()
+        begun = time.thread_time()  # of this thread alone: the machine may be busy
         mask(text)
-        return time.perf_counter() - begun
+        return time.thread_time() - begun
 
-    small = min(seconds(10_000) for _ in range(3))
-    assert seconds(100_000) < 40 * max(small, 0.002)
+    small, large = (min(seconds(size) for _ in range(3)) for size in (10_000, 100_000))
+    assert large < 40 * max(small, 0.002)

@@ -42,7 +42,7 @@ def test_tokens_and_weights_are_what_training_gets(tiny: Path, tmp_path: Path) -
     assert (seen.template, seen.train_on, seen.template_sha256) == ("auto", "last_assistant", chat.template_sha256)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_texts_add_up_whatever_is_written(smollm_chat: Chat, text: str) -> None:
     ids = [*smollm_chat.tokenizer.encode(text, add_special_tokens=False).ids, smollm_chat.eos_id, *smollm_chat.encoder.encode("é" + text)]
@@ -74,10 +74,10 @@ def test_rows_are_chosen_by_number_and_by_name(tiny: Path, tmp_path: Path) -> No
 
 def test_a_row_without_end_costs_nothing(tiny: Path, tmp_path: Path) -> None:
     spec = job(tmp_path, [conversation("word " * 2_000_000, "b"), conversation("a", "b")], model={"overlength": "truncate_prompt"})
-    begun = time.perf_counter()
+    begun = time.thread_time()  # of this thread alone: the machine may be busy
     endless, good = preview(spec, tiny).examples
     assert endless.error and "more than a preview looks at" in endless.error["message"] and good.tokens
-    assert time.perf_counter() - begun < 3
+    assert time.thread_time() - begun < 3
 
 
 def test_what_stops_a_job_is_shown_in_its_place(tiny: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_answers_are_located_by_characters(chat: Chat) -> None:
     assert found == ["user<|im_end|>", "skipped<|im_end|>", "\n Grüße\n<|im_end|>"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_every_single_change_is_found(chat: Chat, data: st.DataObject) -> None:
     example = chat.example(MESSAGES)

@@ -301,7 +301,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases())
 def test_every_row_has_exactly_one_fate(case: dict[str, Any]) -> None:
     try:

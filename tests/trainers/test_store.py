@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainers import store
@@ -75,7 +75,6 @@ def test_an_empty_split_has_no_rows(tmp_path: Path) -> None:
     assert len(validation) == 0 and validation.lengths.shape == (0,)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=30), st.booleans())
 def test_runs_are_exact(weights: list[float], joined: bool) -> None:
     spans = [(t, t + 1) for t, w in enumerate(weights) if w]

@@ -56,7 +56,7 @@ def token_bytes(tokenizer_json: str) -> TokenBytes:
     return TokenBytes(tokenizer_json)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(texts=st.lists(TEXTS, max_size=6))
 def test_the_fast_tokenizer_gives_the_reference_s_ids(encoders: tuple[Encoder, Encoder], texts: list[str]) -> None:
     reference, fast = encoders
@@ -68,7 +68,7 @@ def test_the_fast_tokenizer_gives_the_reference_s_ids(encoders: tuple[Encoder, E
     assert fast.backend == "fastokens"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS, data=st.data())
 def test_ids_say_their_text_and_no_other(
     token_bytes: TokenBytes, encoders: tuple[Encoder, Encoder], text: str, data: st.DataObject
