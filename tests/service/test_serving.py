@@ -205,6 +205,8 @@ def test_a_replica_that_is_killed_in_the_middle_of_a_stream(service: Service, cl
         asked = pool.submit(client.chat.completions.create, model=BASE, **ASK)
         until(serving, asked.done)
         assert asked.result().choices[0].message.content
+    service.store.forget_app(BASE)
+    until(serving, lambda: not running(service))  # the next test's base goes by the same name, with another token
 
 
 def test_what_nobody_asks_for_is_unloaded(service: Service, client: OpenAI, serving: Serving) -> None:
