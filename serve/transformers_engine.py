@@ -25,6 +25,7 @@ import torch
 from serve.adapters import Adapter, AdapterRegistry, make_adaptable
 from serve.engine import GenerateRequest, PromptEvent, TokenEvent
 from serve.grammar import Follower, Grammars
+from serve.limits import most_tokens
 from serve.packed import packed
 from serve.prefixes import SHORTEST, Prefix, PrefixStore, shared
 from serve.sampling import NOTHING, Choice, Scores, choose, score
@@ -190,30 +191,12 @@ class TransformersEngine:
 
     def _row(self, request: GenerateRequest) -> Row:
         """Raises UserError for what this model cannot be asked."""
-        num_prompt, vocab_size = len(request.prompt_ids), self.vocab_size
-        room = self.context - num_prompt
-        max_tokens = room if request.max_tokens is None else request.max_tokens
-        scores_only = max_tokens == 0 and request.prompt_logprobs is not None
-        if num_prompt == 0:
-            raise UserError("The prompt has no tokens.", "Give at least one.", "prompt")
-        if max_tokens > room or room < (0 if scores_only else 1):
-            raise UserError(
-                f"The prompt has {num_prompt} tokens and the answer may have {max(max_tokens, 1)}: "
-                f"more than this model's context of {self.context} tokens.",
-                "Shorten the messages or lower max_tokens.",
-                "messages" if room < 1 else "max_tokens",
-            )
-        if max_tokens < 1 and not scores_only:
-            raise UserError(f"max_tokens is {max_tokens}: nothing to generate.", "Ask for at least 1 token.", "max_tokens")
-        for name, ids in (("prompt", request.prompt_ids), ("logit_bias", request.logit_bias)):
-            if unknown := next((id for id in ids if not 0 <= id < vocab_size), None):
-                raise UserError(f"{unknown} is no token id of this model.", f"Ids go from 0 to {vocab_size - 1}.", name)
         return Row(
             request=request,
-            max_tokens=max_tokens,
+            max_tokens=most_tokens(request, self.context, self.vocab_size),
             stop_ids=self._chat.stop_ids if request.stop_ids is None else request.stop_ids,
             text=AnswerText(self._chat.decode, request.stop),
-            choice=Choice(request, vocab_size),
+            choice=Choice(request, self.vocab_size),
             loop=asyncio.get_running_loop(),
         )
 
