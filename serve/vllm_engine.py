@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves this machine
-os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a process with threads must not be forked
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process with threads must not be forked
 
 from vllm import AsyncEngineArgs, SamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.exceptions import VLLMClientError  # pyright: ignore[reportMissingImports]
