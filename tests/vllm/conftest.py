@@ -57,7 +57,7 @@ def make_lora(model_dir: Path, folder: Path, seed: int, rank: int) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.2 / rank**0.5)
+                parameter.normal_(std=0.6 / rank**0.5)
     model.save_pretrained(str(folder))
     return str(folder)
 

@@ -66,11 +66,15 @@ def test_chats_and_completions_over_http(url: str, lora_folders: list[str]) -> N
     }
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
     held = chat.create(model="smollm", messages=messages, temperature=0, max_tokens=40, response_format=form)  # type: ignore[call-overload]
-    assert set(json.loads(held.choices[0].message.content)) == {"city"}
+    assert set(json.loads(held.choices[0].message.content or "")) == {"city"}
 
     echoed = client(url).completions.create(model="smollm", prompt="The sky is blue", max_tokens=0, echo=True, logprobs=1)
-    assert echoed.choices[0].text == "The sky is blue"
-    assert echoed.choices[0].logprobs and echoed.choices[0].logprobs.token_logprobs and echoed.choices[0].logprobs.token_logprobs[0] is None
+    assert echoed.choices[0].text == "<|im_start|>The sky is blue"  # read as a row of plain text is trained: after the base's first token
+    assert echoed.choices[0].logprobs and echoed.choices[0].logprobs.token_logprobs
+    first, *others = echoed.choices[0].logprobs.token_logprobs
+    assert first is None and len(others) == 4 and all(logprob < 0 for logprob in others)
 
     with pytest.raises(openai.BadRequestError, match="context"):
         chat.create(model="smollm", messages=messages, max_tokens=100_000)  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError, match="transformers engine"):
+        chat.create(model="smollm", messages=messages, logprobs=True, response_format=form)  # type: ignore[call-overload]
