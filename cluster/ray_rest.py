@@ -83,8 +83,19 @@ class RayRest:
     # -- serve -------------------------------------------------------------------------------------------------------
 
     def applications(self) -> dict[str, dict[str, Any]]:
-        """Serve's applications: name -> {"status", "message", ...}; empty when Serve does not run."""
-        return self._ask("GET", "/api/serve/applications/").json().get("applications", {})
+        """Serve's applications: name -> {"status", "message", ...}; empty when Serve does not run.
+
+        Where the cluster lets requests go straight to replicas (RAY_SERVE_ENABLE_DIRECT_INGRESS), `addresses` lists where they answer,
+        each as host:port.
+        """
+        told = self._ask("GET", "/api/serve/applications/").json()
+        applications: dict[str, dict[str, Any]] = told.get("applications", {})
+        for app in applications.values():
+            app["addresses"] = []
+        for group in told.get("target_groups", ()):
+            if group["protocol"] == "HTTP" and (app := applications.get(group["app_name"])):
+                app["addresses"] += [f"{target['ip']}:{target['port']}" for target in group["targets"]]
+        return applications
 
     def deploy(self, applications: list[dict[str, Any]], host: str, port: int) -> None:
         """Make these the cluster's applications. The first call starts Serve, and only that one can choose host and port."""

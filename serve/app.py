@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 from ray import serve as ray_serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -38,6 +39,10 @@ from trainers.errors import DataError, TuneyardError, Unavailable, UserError
 
 MAX_OPEN = 256
 """Sequences that one replica answers at a time, waiting ones and those that are read slowly included; more are told to come again."""
+QUEUE = 32
+"""Open requests of one replica beyond which another is worth its start."""
+UPSCALE_DELAY_S, DOWNSCALE_DELAY_S = 10.0, 300.0
+"""How long queues are long before replicas are added, and short before some are taken away."""
 RETRY_AFTER_S = "1"
 SWEEP_S = 2.0
 """Between two looks for adapters that were deleted."""
@@ -47,8 +52,10 @@ DRAIN_S = 120.0  # an unloaded model may finish the answers that it has begun; S
 def build(args: dict[str, Any]) -> Application:
     """For Serve's declarative config (`import_path: serve.app:build`).
 
-    args: `name` (echoed where no header names the model), `model_dir`, `token_file`, and optionally `max_open` (MAX_OPEN), `num_gpus`
-    (that a replica reserves; none without it) and what serve.engines.open_engine takes.
+    args: `name` (echoed where no header names the model), `model_dir`, `token_file`, and optionally `max_open` (MAX_OPEN), `replicas`
+    (`min` and `max` copies, 1 and 1 without it: between them Serve has as many as keep their queues at `queue` open requests each, 32),
+    `num_gpus` (that a copy reserves; none without it), `labels` (of the machines that copies may run on) and what
+    serve.engines.open_engine takes.
     """
 
     def asgi() -> Starlette:  # runs in the replica: only there is the model loaded
@@ -56,12 +63,23 @@ def build(args: dict[str, Any]) -> Application:
         token = Path(args["token_file"]).read_text(encoding="utf-8").strip()
         return application(engine, Chats(Path(args["model_dir"])), args["name"], token, args.get("max_open", MAX_OPEN))
 
+    bounds = {"min": 1, "max": 1, **args.get("replicas", {})}
+    scaling = AutoscalingConfig(
+        min_replicas=bounds["min"],
+        max_replicas=bounds["max"],
+        target_ongoing_requests=args.get("queue", QUEUE),
+        metrics_interval_s=2.0,
+        look_back_period_s=10.0,
+        upscale_delay_s=UPSCALE_DELAY_S,
+        downscale_delay_s=DOWNSCALE_DELAY_S,
+    )
     # Far more requests reach the replica than it answers: what is too much it says itself, in words that clients understand.
     # A local replica reserves no CPU: a training job beside it would otherwise wait for ever.
     deployment = ray_serve.deployment(
         name="engine",
         max_ongoing_requests=2048,
-        ray_actor_options={"num_cpus": 0, "num_gpus": args.get("num_gpus", 0)},
+        autoscaling_config=scaling,
+        ray_actor_options={"num_cpus": 0, "num_gpus": args.get("num_gpus", 0), "label_selector": args.get("labels", {})},
         graceful_shutdown_timeout_s=DRAIN_S,
     )
     return deployment(ray_serve.ingress(asgi)()).bind()

@@ -52,13 +52,14 @@ class Replay:
 REMEDY = "See the serving app's log on Ray's dashboard, then run the job again: it goes on with this stage."
 
 
-def application(name: str, model_dir: Path, token_file: Path) -> dict[str, Any]:
-    """The entry of one model, a base or a whole tuned one, in `applications` of Ray's `PUT /api/serve/applications/`."""
+def application(name: str, model_dir: Path, token_file: Path, **more: Any) -> dict[str, Any]:
+    """The entry of one model, a base or a whole tuned one, in `applications` of Ray's `PUT /api/serve/applications/`; `more` of
+    serve.app.build's args."""
     return {
         "name": name,
         "route_prefix": f"/{name}",
         "import_path": "serve.app:build",
-        "args": {"name": name, "model_dir": str(model_dir), "token_file": str(token_file)},
+        "args": {"name": name, "model_dir": str(model_dir), "token_file": str(token_file), **more},
     }
 
 

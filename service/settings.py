@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from trainers.errors import UserError
 from trainers.fetch import default_models
@@ -45,6 +45,17 @@ class Settings(BaseModel):
     max_model_bytes: int = 16 * 2**30
     """Whole tuned models (full fine-tuning, DoRA, QLoRA) that are loaded at a time, in bytes of their weights: beyond it, the least
     recently asked are unloaded. One is always loaded, however large."""
+    serve_replicas: int = Field(default=1, ge=1)
+    """Most copies of one base. Ray Serve adds copies where each has more than `serve_queue` open requests, and takes them away again."""
+    serve_queue: int = Field(default=32, ge=1)
+    """Open requests of one copy beyond which another is started, where there may be more."""
+    serve_gpus: float = Field(default=0, ge=0)
+    """GPUs that each copy reserves; 0.5 lets two share one."""
+    serve_labels: str = ""
+    """Labels of the machines that copies may run on, as Ray's nodes carry them: `ray.io/accelerator-type=A10G,pool=serve`."""
+    gpu_priority: Literal["serve", "train"] = "serve"
+    """Who goes first where jobs and served models share GPUs: with `serve`, a job waits until GPUs are free; with `train`, models that
+    nobody has asked for in the last minute are unloaded while a job waits, and loaded again when they are asked or GPUs are free."""
     data_urls: str = ""
     """URL prefixes, separated by commas, that jobs may read data from besides uploaded files: `s3://team-data/sft/,hf://`. The cluster
     reads them with its own credentials, so whoever may use the service may train on what lies there."""
@@ -105,6 +116,13 @@ class Settings(BaseModel):
     @property
     def runs(self) -> Path:
         return self.home / "runs"
+
+    @property
+    def serving(self) -> dict[str, Any]:
+        """What serve.app.build's args say of each copy of a model."""
+        pairs = (pair.partition("=") for pair in self.serve_labels.split(",") if pair.strip())
+        labels = {name.strip(): value.strip() for name, _, value in pairs}
+        return {"queue": self.serve_queue, "num_gpus": self.serve_gpus, "labels": labels}
 
     def stores(self, project_id: str) -> Path:
         """Token stores are never shared between projects: a hit would tell one that another has the same data."""

@@ -131,6 +131,8 @@ class Demand(Row):
     asked_at: Mapped[float] = mapped_column(default=0.0)
     status: Mapped[str] = mapped_column(default="")
     message: Mapped[str] = mapped_column(default="")
+    addresses: Mapped[list[str]] = mapped_column(JSON, default=list)
+    """Its replicas, each host:port; none where requests go through Serve's proxy."""
 
 
 class Once(Row):
@@ -368,32 +370,35 @@ class Store:
 
     # -- serving -----------------------------------------------------------------------------------------------------
 
-    def ask_for(self, app: str, every_s: float = 30.0) -> None:
-        """Note that a chat request needs this app; a note that is younger than `every_s` stands, which spares a write per request."""
+    def ask_for(self, app: str, every_s: float = 30.0) -> list[str]:
+        """Note that a chat request needs this app; a note that is younger than `every_s` stands, which spares a write per request. Returns
+        the addresses of its replicas."""
         with self.session() as session:
             row = session.get(Demand, app)
             if row is None:
                 session.add(Demand(app=app, asked_at=time.time()))
-            elif time.time() - row.asked_at > every_s:
+                return []
+            if time.time() - row.asked_at > every_s:
                 row.asked_at = time.time()
+            return row.addresses
 
     def demand(self, since: float = 0.0) -> list[Demand]:
         with self.session() as session:
             return list(session.scalars(select(Demand).where(Demand.asked_at >= since).order_by(Demand.app)))
 
-    def app_status(self, app: str) -> tuple[str, str]:
-        """(status, message) of an app as last seen; empty when nothing is known."""
+    def app_status(self, app: str) -> tuple[str, str, list[str]]:
+        """(status, message, addresses) of an app as last seen; empty when nothing is known."""
         with self.session() as session:
             row = session.get(Demand, app)
-            return (row.status, row.message) if row else ("", "")
+            return (row.status, row.message, row.addresses) if row else ("", "", [])
 
-    def note_app(self, app: str, status: str, message: str) -> None:
+    def note_app(self, app: str, status: str, message: str, addresses: Sequence[str] = ()) -> None:
         with self.session() as session:
             row = session.get(Demand, app)
             if row is None:
-                session.add(Demand(app=app, status=status, message=message))
-            elif (row.status, row.message) != (status, message):
-                row.status, row.message = status, message
+                session.add(Demand(app=app, status=status, message=message, addresses=[*addresses]))
+            elif (row.status, row.message, row.addresses) != (status, message, [*addresses]):
+                row.status, row.message, row.addresses = status, message, [*addresses]
 
     def forget_app(self, app: str) -> None:
         """Its model is gone: nobody can ask for it any more."""

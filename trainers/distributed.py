@@ -185,12 +185,15 @@ def _room(spec: JobSpec, workers: int | None, run: RunDir) -> Placement | None:
                     run.event(f"{told}: training goes on with {asked}.", "warn")
             found = choose(asked, machines)
             if isinstance(found, Placement):
+                if told:
+                    run.progress("train", done=0)
                 return found
             if wanted(run).wanted != "run":
                 return None
             if found.reason != told:
                 told = found.reason
                 run.event(f"Training waits for room: {told}.")
+                run.progress("train", doing=f"waiting for room: {told}", waits_for=found.unit)
             demand = _await(found, demand)
     finally:
         if demand is not None:

@@ -325,9 +325,25 @@ class Evaluate(Part):
     """Also let a model rate both models' answers."""
 
 
+class Replicas(Part):
+    """Copies of a model that answers on its own (full fine-tuning, DoRA, QLoRA); those of a base serve all its adapters."""
+
+    min: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Kept loaded; with 0 the model is unloaded while nobody asks for it."""
+    max: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Most that are started while many ask."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
+        return self
+
+
 class Deploy(Part):
     serve: bool = True
     """Make the tuned model answer at the service's base_url."""
+    replicas: Replicas = Replicas()
 
 
 class JobSpec(Part):

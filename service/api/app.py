@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from service.answering import Answering
 from service.api import chat, errors, evaluations, files, jobs, models, rating, studies, tuneyard
 from service.link import Link
+from service.replicas import Replicas
 from service.settings import Settings
 from service.store import Store
 
@@ -32,7 +33,7 @@ def create_app(settings: Settings, store: Store, link: Link) -> FastAPI:
 
     app = FastAPI(title="Tuneyard", lifespan=lifespan)
     app.state.settings, app.state.store, app.state.link = settings, store, link
-    app.state.answering = Answering(app, store)
+    app.state.answering, app.state.replicas = Answering(app, store), Replicas()
     for part in (files, jobs, models, chat, tuneyard, evaluations, studies, rating):
         app.include_router(part.router)
     errors.install(app)

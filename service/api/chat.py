@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from functools import partial
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import httpx
@@ -14,10 +13,14 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from service.api import errors
 from service.api.auth import Caller, Cluster, Config, Db
-from service.api.models import target
+from service.api.models import Target, target
+from service.replicas import Replicas
+from service.settings import Settings
+from service.store import Project, Store
 from trainers.errors import TuneyardError, Unavailable, UserError
 
 router = APIRouter(prefix="/v1")
@@ -38,8 +41,7 @@ class ServingFailed(TuneyardError):
 async def completions(request: Request, settings: Config, store: Db, link: Cluster, caller: Caller) -> Response:
     content = await request.body()
     name = _model_of(content)
-    found = await run_in_threadpool(partial(target, store, settings, caller, name))
-    await run_in_threadpool(store.ask_for, found.app)
+    found, addresses = await run_in_threadpool(_find, store, settings, caller, name)
     headers = {
         "authorization": f"Bearer {settings.serve_token_file.read_text(encoding='utf-8')}",
         "content-type": "application/json",
@@ -49,27 +51,39 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
     }
     encoded = {k.encode(): v.encode() for k, v in headers.items()}  # a folder's name may hold any letter; as str, httpx takes only ASCII
     http: httpx.AsyncClient = request.app.state.http
+    replicas: Replicas = request.app.state.replicas
     deadline = time.monotonic() + settings.chat_wait_s
     waits = False
     while True:
-        url = f"{link.serve_url(found.app)}{request.url.path}"
-        upstream = await _send(request, http, http.build_request("POST", url, content=content, headers=encoded))
-        if upstream is not None:
-            kept = {k: v for k, v in upstream.headers.items() if k in FORWARDED}
-            relay = _relay_events if kept.get("content-type", "").startswith("text/event-stream") else _relay
-            return StreamingResponse(relay(upstream), upstream.status_code, kept)
+        for _ in range(max(1, len(addresses))):  # one that is gone is met by those who come before the runner has seen it
+            async with AsyncExitStack() as held:
+                place = f"{link.serve_host}:{link.serve_port}"  # Serve's proxy
+                if addresses:
+                    place = held.enter_context(replicas.chosen(addresses, str(found.adapter)))
+                url = f"http://{place}/{found.app}{request.url.path}"
+                upstream = await _send(request, http, http.build_request("POST", url, content=content, headers=encoded))
+                if upstream is not None:
+                    held.push_async_callback(upstream.aclose)
+                    return Relayed(upstream, held.pop_all())
+            addresses = [address for address in addresses if address != place]
         if await request.is_disconnected():
             return Response(status_code=499)  # nobody reads it
         if not waits:
             waits = True
             await run_in_threadpool(store.ask_for, found.app, 0.0)  # it was unloaded: now it is the one that was asked last
             link.changed.set()
-        status, message = await run_in_threadpool(store.app_status, found.app)
-        if status == "DEPLOY_FAILED":
-            raise Unavailable(f"`{name}` cannot be loaded: {message}", "See the serving log of the cluster.", "model")
         if time.monotonic() > deadline:
             raise Unavailable(f"`{name}` is still being loaded.", "Ask again in a few seconds.", "model")
         await asyncio.sleep(PROBE_S)
+        status, message, addresses = await run_in_threadpool(store.app_status, found.app)
+        if status == "DEPLOY_FAILED":
+            raise Unavailable(f"`{name}` cannot be loaded: {message}", "See the serving log of the cluster.", "model")
+
+
+def _find(store: Store, settings: Settings, caller: Project, name: str) -> tuple[Target, list[str]]:
+    """What the name stands for, and the addresses of the replicas that answer for it."""
+    found = target(store, settings, caller, name)
+    return found, store.ask_for(found.app)
 
 
 def _model_of(content: bytes) -> str:
@@ -108,21 +122,27 @@ async def _send(request: Request, http: httpx.AsyncClient, outgoing: httpx.Reque
     raise ServingFailed(f"The serving app failed with status {upstream.status_code}.", "See the serving log of the cluster.", "model")
 
 
-async def _relay(upstream: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """Pass the body on as it comes; when the caller leaves, the connection to the app is closed, which ends the work there."""
-    try:
-        async for part in upstream.aiter_raw():
-            yield part
-    finally:
-        await upstream.aclose()
+class Relayed(StreamingResponse):
+    """The app's answer, passed on as it comes. When it is over, or the caller leaves, the connection to the app is closed, which ends the
+    work there."""
+
+    def __init__(self, upstream: httpx.Response, held: AsyncExitStack) -> None:
+        kept = {k: v for k, v in upstream.headers.items() if k in FORWARDED}
+        events = kept.get("content-type", "").startswith("text/event-stream")
+        super().__init__(_events(upstream) if events else upstream.aiter_raw(), upstream.status_code, kept)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
 
 
-async def _relay_events(upstream: httpx.Response) -> AsyncIterator[bytes]:
-    """`_relay` of server-sent events, each whole. Where the app is lost in the middle, the last one says so: a stream that just ends would
-    be taken for a whole answer."""
+async def _events(upstream: httpx.Response) -> AsyncIterator[bytes]:
+    """Server-sent events, each whole. Where the app is lost in the middle, the last one says so: a stream that just ends would be taken
+    for a whole answer."""
     waiting, last = b"", b""
     try:
-        async with aclosing(_relay(upstream)) as parts:
+        async with aclosing(upstream.aiter_raw()) as parts:  # type: ignore[type-var]  # httpx calls its generator an iterator
             async for part in parts:
                 whole, end, waiting = (waiting + part).rpartition(EVENT_END)
                 if end:

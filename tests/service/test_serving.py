@@ -8,9 +8,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -219,6 +221,62 @@ def test_what_nobody_asks_for_is_unloaded(service: Service, client: OpenAI, serv
     assert list(serving._wanted(asked)) == []
     service.store.ask_for(BASE)
     assert list(serving._wanted(asked)) == [BASE]
+
+
+def test_models_give_way_to_a_job_that_waits_for_gpus_where_training_goes_first(service: Service, client: OpenAI) -> None:
+    _, run = tuned(service, client, 1, {"deploy": {"replicas": {"min": 1, "max": 3}}})
+    _, other = tuned(service, client, 2, {}, succeeded=False)
+    shutil.rmtree(other.path("model"))
+    other.path("model.json").unlink()
+    whole, now = run.root.name, time.time()
+    service.store.ask_for(BASE)
+    settings = service.settings.model_copy(update={"serve_gpus": 0.5, "gpu_priority": "train", "serve_labels": "pool=serve, a=b"})
+    yields, keeps = Serving(settings, service.store, service.link), Serving(service.settings, service.store, service.link)
+
+    def wanted(serving: Serving, after_s: float) -> set[str]:
+        return set(serving._wanted(now + after_s))
+
+    assert wanted(yields, 1) == wanted(yields, 100) == {BASE, whole}  # no job waits
+    assert yields._copies(whole) == {"min": 1, "max": 3} and yields._copies(BASE) == {"min": 1, "max": 1}
+    assert settings.serving == {"queue": 32, "num_gpus": 0.5, "labels": {"pool": "serve", "a": "b"}}
+    other.progress("train", doing="waiting for room: 1 GPU(s) are needed", waits_for="GPU")
+    assert wanted(yields, 1) == {BASE, whole} and wanted(yields, 100) == {whole}  # what must always be loaded stays
+    assert wanted(keeps, 100) == {BASE, whole}
+    other.progress("train", done=0)
+    assert wanted(yields, 100) == {BASE, whole}
+
+
+def test_a_base_that_many_ask_gets_a_copy(service: Service, client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = service.settings.model_copy(update={"serve_replicas": 2, "serve_queue": 1})
+    serving = Serving(settings, service.store, service.link)
+    service.store.ask_for(BASE)
+    until(serving, lambda: running(service) == {BASE})
+    assert len(replicas(service, BASE)) == 1
+
+    def addresses() -> list[str]:
+        serving.step()
+        return service.store.ask_for(BASE)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers, asked = [], 0
+        while len(addresses()) < 2:
+            answers = [a for a in answers if not a.done()]
+            while len(answers) < 12:
+                answers.append(pool.submit(client.chat.completions.create, model=BASE, n=4, **{**ASK, "max_tokens": 400, "seed": asked}))
+                asked += 1
+            time.sleep(0.1)
+
+    def both_at_once() -> bool:
+        """Two streams at a time, each by a copy of its own; on a busy machine one may be over before we look."""
+        with ExitStack() as streams:
+            for _ in range(2):
+                stream = client.chat.completions.create(model=BASE, stream=True, n=8, **{**ASK, "max_tokens": 450})
+                next(iter(streams.enter_context(stream)))
+            return [httpx.get(f"http://{address}/{BASE}/healthz").json()["open"] for address in addresses()] == [8, 8]
+
+    wait_for(both_at_once)
+    service.store.forget_app(BASE)
+    until(serving, lambda: not running(service))
 
 
 def test_a_base_that_is_not_here_is_told_at_once_and_keeps_nothing_from_being_served(
