@@ -55,7 +55,7 @@ def add(store: Store, row: Evaluation) -> None:
 
 
 def get(store: Store, project_id: str, id: str) -> Evaluation | None:
-    with store.session() as session:
+    with store.reading() as session:
         return session.scalar(select(Evaluation).where(Evaluation.project_id == project_id, Evaluation.id == id))
 
 
@@ -84,7 +84,7 @@ class Evaluations:
         self.settings, self.store, self.link = settings, store, link
 
     def step(self) -> None:
-        with self.store.session() as session:
+        with self.store.reading() as session:
             unfinished = Evaluation.status.in_(OPEN) | Evaluation.submitted.is_(True)
             rows = list(session.scalars(select(Evaluation).where(unfinished).order_by(Evaluation.seq)))
         running = sum(row.status == "running" for row in rows)

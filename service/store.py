@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import JSON, BigInteger, ForeignKey, Select, UniqueConstraint, create_engine, delete, event, select, update
+from sqlalchemy import JSON, BigInteger, ForeignKey, Select, UniqueConstraint, create_engine, delete, event, make_url, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -26,6 +26,8 @@ from service.states import ACTIVE, FINAL, Status, sources_of
 from trainers.errors import UserError
 
 ALPHABET = string.ascii_letters + string.digits
+READS = "tuneyard_reads"
+"""Marks a connection whose transaction changes nothing."""
 PROJECT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
@@ -166,10 +168,14 @@ class Store:
     """All questions and changes. Safe to share between threads; each call is one transaction."""
 
     def __init__(self, url: str) -> None:
-        self._engine = create_engine(url, pool_pre_ping=True)
-        if self._engine.dialect.name == "sqlite":
+        if make_url(url).get_backend_name() == "sqlite":
+            # Connections are open files and cost nothing: as many as the API has threads, or requests would wait for each other.
+            self._engine = create_engine(url, pool_size=40)
             event.listen(self._engine, "connect", _sqlite_connect)
             event.listen(self._engine, "begin", _sqlite_begin)
+        else:
+            self._engine = create_engine(url, pool_pre_ping=True)
+        self._reader = self._engine.execution_options(**{READS: True})
 
     def close(self) -> None:
         self._engine.dispose()
@@ -189,6 +195,13 @@ class Store:
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """One transaction that changes nothing: in SQLite it waits for no writer, and none for it."""
+        with Session(self._reader, expire_on_commit=False, autoflush=False) as session, session.begin():
+            yield session
+            assert not (session.new or session.dirty or session.deleted), "changed in a transaction that only reads"
+
     # -- projects and keys -------------------------------------------------------------------------------------------
 
     def create_key(self, project: str) -> str:
@@ -206,7 +219,7 @@ class Store:
         return key
 
     def project_of(self, key: str) -> Project | None:
-        with self.session() as session:
+        with self.reading() as session:
             return session.scalar(select(Project).join(Key, Key.project_id == Project.id).where(Key.sha256 == _sha256(key)))
 
     def lend_key(self, project_id: str) -> str:
@@ -229,7 +242,7 @@ class Store:
                 session.add(file)
 
     def file(self, project_id: str, file_id: str) -> File | None:
-        with self.session() as session:
+        with self.reading() as session:
             return session.scalar(_live_files().where(File.project_id == project_id, File.id == file_id))
 
     def files(self, project_id: str, *, purpose: str | None, after: str | None, limit: int, newest_first: bool) -> tuple[list[File], bool]:
@@ -251,7 +264,7 @@ class Store:
 
     def expired_files(self) -> list[File]:
         """Files whose time is over and that no job needs."""
-        with self.session() as session:
+        with self.reading() as session:
             needed = " ".join(json.dumps(job.spec) for job in session.scalars(select(Job).where(Job.status.in_(ACTIVE))))
             return [f for f in session.scalars(select(File).where(File.expires_at <= time.time())) if f.id not in needed]
 
@@ -278,7 +291,7 @@ class Store:
         return job
 
     def job(self, project_id: str, job_id: str) -> Job | None:
-        with self.session() as session:
+        with self.reading() as session:
             return session.scalar(select(Job).where(Job.project_id == project_id, Job.id == job_id))
 
     def jobs(
@@ -301,19 +314,19 @@ class Store:
         return found[:limit], len(found) > limit
 
     def job_by_model(self, project_id: str, model_name: str) -> Job | None:
-        with self.session() as session:
+        with self.reading() as session:
             query = select(Job).where(Job.project_id == project_id, Job.model_name == model_name, Job.model_deleted.is_(False))
             return session.scalar(query)
 
     def tuned(self, project_id: str | None = None) -> list[Job]:
         """Jobs whose model answers, of one project or of all."""
         query = select(Job).where(Job.status == "succeeded", Job.model_deleted.is_(False)).order_by(Job.seq)
-        with self.session() as session:
+        with self.reading() as session:
             return list(session.scalars(query if project_id is None else query.where(Job.project_id == project_id)))
 
     def open_jobs(self) -> list[Job]:
         """Jobs of all projects that the runner must look at, oldest first."""
-        with self.session() as session:
+        with self.reading() as session:
             return list(session.scalars(select(Job).where((Job.status.in_(ACTIVE)) | (Job.released.is_(False))).order_by(Job.seq)))
 
     def change(self, job_id: str, **values: Any) -> None:
@@ -340,7 +353,7 @@ class Store:
             session.add(_own_event(job_id, message, level, data))
 
     def known_segments(self, job_id: str) -> set[str]:
-        with self.session() as session:
+        with self.reading() as session:
             return {s for s in session.scalars(select(JobEvent.segment).where(JobEvent.job_id == job_id).distinct()) if s}
 
     def add_segment(self, events: Sequence[JobEvent]) -> None:
@@ -365,7 +378,7 @@ class Store:
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """All checkpoints of a job, newest first."""
-        with self.session() as session:
+        with self.reading() as session:
             return list(session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step.desc())))
 
     # -- serving -----------------------------------------------------------------------------------------------------
@@ -373,32 +386,34 @@ class Store:
     def ask_for(self, app: str, every_s: float = 30.0) -> list[str]:
         """Note that a chat request needs this app; a note that is younger than `every_s` stands, which spares a write per request. Returns
         the addresses of its replicas."""
-        with self.session() as session:
+        with self.reading() as session:
             row = session.get(Demand, app)
-            if row is None:
-                session.add(Demand(app=app, asked_at=time.time()))
-                return []
-            if time.time() - row.asked_at > every_s:
+        if row is None or time.time() - row.asked_at > every_s:
+            with self.session() as session:
+                row = session.get(Demand, app) or Demand(app=app, addresses=[])
                 row.asked_at = time.time()
-            return row.addresses
+                session.add(row)
+        return row.addresses
 
     def demand(self, since: float = 0.0) -> list[Demand]:
-        with self.session() as session:
+        with self.reading() as session:
             return list(session.scalars(select(Demand).where(Demand.asked_at >= since).order_by(Demand.app)))
 
     def app_status(self, app: str) -> tuple[str, str, list[str]]:
         """(status, message, addresses) of an app as last seen; empty when nothing is known."""
-        with self.session() as session:
+        with self.reading() as session:
             row = session.get(Demand, app)
             return (row.status, row.message, row.addresses) if row else ("", "", [])
 
     def note_app(self, app: str, status: str, message: str, addresses: Sequence[str] = ()) -> None:
-        with self.session() as session:
+        with self.reading() as session:
             row = session.get(Demand, app)
-            if row is None:
-                session.add(Demand(app=app, status=status, message=message, addresses=[*addresses]))
-            elif (row.status, row.message, row.addresses) != (status, message, [*addresses]):
-                row.status, row.message, row.addresses = status, message, [*addresses]
+        if row is not None and (row.status, row.message, row.addresses) == (status, message, [*addresses]):
+            return
+        with self.session() as session:
+            row = session.get(Demand, app) or Demand(app=app)
+            row.status, row.message, row.addresses = status, message, [*addresses]
+            session.add(row)
 
     def forget_app(self, app: str) -> None:
         """Its model is gone: nobody can ask for it any more."""
@@ -429,7 +444,7 @@ class Store:
 
     def page(self, kind: type[R], query: Select[R], after: str | None, limit: int, newest_first: bool) -> tuple[list[R], bool]:
         """(rows, more follow) of a list, after the row with id `after`."""
-        with self.session() as session:
+        with self.reading() as session:
             if after is not None:
                 cursor = session.scalar(select(kind.seq).where(kind.id == after))
                 if cursor is None:
@@ -469,6 +484,9 @@ def _sqlite_connect(connection: Any, _: Any) -> None:
 
 
 def _sqlite_begin(connection: Any) -> None:
+    if connection.get_execution_options().get(READS):
+        connection.exec_driver_sql("BEGIN")
+        return
     # A transaction that reads first and writes later can lose to another writer without waiting; one that starts as a
     # writer waits its turn.
     connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -136,7 +136,7 @@ class Studies:
         return token
 
     def find(self, project_id: str, study_id: str) -> Study | None:
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return session.scalar(select(Study).where(Study.project_id == project_id, Study.id == study_id))
 
     def page(self, project_id: str, after: str | None, limit: int) -> tuple[list[Study], bool]:
@@ -145,24 +145,24 @@ class Studies:
 
     def counts(self, study_id: str) -> dict[str, int]:
         """Items by state."""
-        with self._store.session() as session:
+        with self._store.reading() as session:
             rows = session.execute(select(StudyItem.state, func.count()).where(StudyItem.study_id == study_id).group_by(StudyItem.state))
             return {state: count for state, count in rows}
 
     def items(self, study_id: str) -> list[StudyItem]:
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return list(session.scalars(select(StudyItem).where(StudyItem.study_id == study_id).order_by(StudyItem.seq)))
 
     def raters(self, study_id: str) -> list[tuple[Rater, int]]:
         """Everyone who joined, with how much each has rated."""
-        with self._store.session() as session:
+        with self._store.reading() as session:
             rows = session.execute(select(Rating.rater_id, func.count()).where(Rating.study_id == study_id).group_by(Rating.rater_id))
             done = {rater: count for rater, count in rows}
             found = session.scalars(select(Rater).where(Rater.study_id == study_id).order_by(Rater.created_at))
             return [(rater, done.get(rater.id, 0)) for rater in found]
 
     def ratings(self, study_id: str) -> list[Rating]:
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return list(session.scalars(select(Rating).where(Rating.study_id == study_id).order_by(Rating.rated_at)))
 
     def new_link(self, study_id: str) -> str:
@@ -197,11 +197,12 @@ class Studies:
     def take(self, owner: str, seconds: float, but: Sequence[str] = ()) -> Study | None:
         """The oldest study that waits for answers and that nobody else works on, now held by `owner`; None when there is none."""
         now = time.time()
-        with self._store.session() as session:
+        with self._store.reading() as session:
             waits = select(Study).where(Study.status == "generating", Study.held_until < now, Study.id.not_in(but)).order_by(Study.seq)
             study = session.scalars(waits.limit(1)).first()
-            if study is None:
-                return None
+        if study is None:
+            return None
+        with self._store.session() as session:
             claim = update(Study).where(Study.id == study.id, Study.held_until < now)
             taken = session.execute(claim.values(held_by=owner, held_until=now + seconds)).rowcount == 1  # type: ignore[attr-defined]
             return study if taken else None
@@ -216,7 +217,7 @@ class Studies:
     def waiting(self, study_id: str, limit: int) -> list[StudyItem]:
         """The next items without answers."""
         query = select(StudyItem).where(StudyItem.study_id == study_id, StudyItem.state == "waiting").order_by(StudyItem.seq)
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return list(session.scalars(query.limit(limit)))
 
     def answer(self, item: StudyItem, answers: list[dict[str, Any] | None], state: str, error: str = "") -> None:
@@ -242,7 +243,7 @@ class Studies:
 
     def by_link(self, study_id: str, token: str) -> Study | None:
         """The study whose link has this token."""
-        with self._store.session() as session:
+        with self._store.reading() as session:
             study = session.scalar(select(Study).where(Study.id == study_id))
             return study if study is not None and hmac.compare_digest(study.link_sha256, sha256(token)) else None
 
@@ -266,7 +267,7 @@ class Studies:
 
     def sheet(self, study: Study, rater_id: str) -> Sheet | None:
         """What a rater of this study has before them; None for one that never joined it."""
-        with self._store.session() as session:
+        with self._store.reading() as session:
             rater = session.scalar(select(Rater).where(Rater.study_id == study.id, Rater.id == rater_id))
             if rater is None:
                 return None
@@ -278,7 +279,7 @@ class Studies:
             return Sheet(study, rater, units, {Unit(row.item, row.model): row.value for row in rows})
 
     def item(self, study: Study, seq: int) -> StudyItem:
-        with self._store.session() as session:
+        with self._store.reading() as session:
             return session.scalars(select(StudyItem).where(StudyItem.study_id == study.id, StudyItem.seq == seq)).one()
 
     def rate(self, sheet: Sheet, unit: Unit, value: dict[str, Any]) -> None:

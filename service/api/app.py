@@ -33,7 +33,7 @@ def create_app(settings: Settings, store: Store, link: Link) -> FastAPI:
 
     app = FastAPI(title="Tuneyard", lifespan=lifespan)
     app.state.settings, app.state.store, app.state.link = settings, store, link
-    app.state.answering, app.state.replicas = Answering(app, store), Replicas()
+    app.state.answering, app.state.replicas, app.state.callers = Answering(app, store), Replicas(), {}
     for part in (files, jobs, models, chat, tuneyard, evaluations, studies, rating):
         app.include_router(part.router)
     errors.install(app)

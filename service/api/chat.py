@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.api import errors
 from service.api.auth import Caller, Cluster, Config, Db
 from service.api.models import Target, target
+from service.api.quick import quickly
 from service.replicas import Replicas
 from service.settings import Settings
 from service.store import Project, Store
@@ -41,7 +41,7 @@ class ServingFailed(TuneyardError):
 async def completions(request: Request, settings: Config, store: Db, link: Cluster, caller: Caller) -> Response:
     content = await request.body()
     name = _model_of(content)
-    found, addresses = await run_in_threadpool(_find, store, settings, caller, name)
+    found, addresses = await quickly(_find, store, settings, caller, name)
     headers = {
         "authorization": f"Bearer {settings.serve_token_file.read_text(encoding='utf-8')}",
         "content-type": "application/json",
@@ -70,12 +70,12 @@ async def completions(request: Request, settings: Config, store: Db, link: Clust
             return Response(status_code=499)  # nobody reads it
         if not waits:
             waits = True
-            await run_in_threadpool(store.ask_for, found.app, 0.0)  # it was unloaded: now it is the one that was asked last
+            await quickly(store.ask_for, found.app, 0.0)  # it was unloaded: now it is the one that was asked last
             link.changed.set()
         if time.monotonic() > deadline:
             raise Unavailable(f"`{name}` is still being loaded.", "Ask again in a few seconds.", "model")
         await asyncio.sleep(PROBE_S)
-        status, message, addresses = await run_in_threadpool(store.app_status, found.app)
+        status, message, addresses = await quickly(store.app_status, found.app)
         if status == "DEPLOY_FAILED":
             raise Unavailable(f"`{name}` cannot be loaded: {message}", "See the serving log of the cluster.", "model")
 

@@ -15,6 +15,7 @@ from serve.plain import beyond_plain
 from service.api import create
 from service.api.auth import Caller, Cluster, Config, Db, RequestedBy
 from service.api.errors import NotFound
+from service.api.quick import quickly
 from service.settings import Settings
 from service.states import FINAL
 from service.store import Checkpoint, Job, JobEvent, Once, Project, Store
@@ -110,8 +111,8 @@ def list_jobs(
 
 
 @router.get("/{job_id}")
-def retrieve(settings: Config, store: Db, caller: Caller, job_id: str) -> dict[str, Any]:
-    return to_wire(existing(store, caller, job_id), settings)
+async def retrieve(settings: Config, store: Db, caller: Caller, job_id: str) -> dict[str, Any]:
+    return await quickly(lambda: to_wire(existing(store, caller, job_id), settings))
 
 
 @router.post("/{job_id}/cancel")

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 
 from service.api.auth import Caller, Cluster, Config, Db
 from service.api.jobs import adapter_folder, not_callable
+from service.api.quick import quickly
 from service.settings import Settings
 from service.store import Job, Project, Store
 from trainers import vault
@@ -74,7 +75,11 @@ def _tuned_to_wire(job: Job, name: str) -> dict[str, Any]:
 
 
 @router.get("")
-def list_models(settings: Config, store: Db, caller: Caller) -> dict[str, Any]:
+async def list_models(settings: Config, store: Db, caller: Caller) -> dict[str, Any]:
+    return await quickly(_list, settings, store, caller)
+
+
+def _list(settings: Settings, store: Store, caller: Project) -> dict[str, Any]:
     bases = [_base_to_wire(settings, id, base.id, caller.created_at) for base in catalogue().values() for id in (base.id, *base.aliases)]
     tuned = [_tuned_to_wire(job, job.model_name) for job in store.tuned(caller.id)]
     return {"object": "list", "data": bases + tuned}
