@@ -4,7 +4,7 @@
 #   make test      all tests          make check    lint, types, tests
 #   make test-vllm the vLLM engine's tests, on the CPU (an environment of its own; Linux on x86-64)
 #   make bench     speed, as ratios in one run          make bench-serve   the speed of answering
-#   make chaos     training whose workers are killed 50 times   make soak      500 times
+#   make chaos     training whose workers are killed 50 times   make soak      500 times          make soak-serve  half an hour of mixed load
 # TORCH_INDEX=URL takes torch from another package index (on Linux without a GPU: the index of its CPU builds, 200 MB instead of gigabytes).
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
 
-.PHONY: install demo up test test-vllm lint types check bench chaos soak clean
+.PHONY: install demo up test test-vllm lint types check bench bench-serve chaos soak soak-serve clean
 .DEFAULT_GOAL := check
 
 install: $(READY)
@@ -68,6 +68,9 @@ bench: $(READY)
 
 bench-serve: $(READY)
 	@$(BIN)/python -m tests.benchmarks.serve --output tests/benchmarks/results/serve-cpu.json
+
+soak-serve: $(READY)
+	@$(BIN)/python -m tests.benchmarks.mixed --output tests/benchmarks/results/mixed-cpu.json
 
 chaos: $(READY)
 	@TUNEYARD_KILLS=50 $(BIN)/python -m pytest tests/chaos --timeout 3600

@@ -528,7 +528,7 @@ def evaluate(
     ] = None,
     benchmark: Annotated[
         list[Path] | None,
-        typer.Option(metavar="TASK.yaml", help="Run a local task of lm-evaluation-harness (extra [eval]) on both models."),
+        typer.Option(metavar="TASK.yaml", help="Run a local task of lm-evaluation-harness (the extra `eval`) on both models."),
     ] = None,
     output: Annotated[list[Path] | None, typer.Option("--output", "-o", help="Also write the report: FILE.html or FILE.json.")] = None,
     home: HomeOption = None,
