@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,8 @@ def told(spec: JobSpec, record: ModelRecord) -> str:
     if record.kl is not None and record.effect is not None:
         apart = "the checkpoint's weights" if record.adapter is None else "base + adapter"
         said += f"; as one folder, it is {record.kl:.1g} nats from {apart} (what training changed: {record.effect:.1g})"
+        if record.kl > agreement.allowed(record.effect):
+            said += ": rounding took that much, because training changed little; the adapter has all of it"
     if record.merged and spec.method.type == "qlora":
         said += "; the base in it is what NF4 leaves of it, as in training"
     return f"{said}."
@@ -114,7 +117,7 @@ def _make(
     on_progress: OnProgress,
 ) -> Agreement:
     """Write the folder into `out`, and hold it against what was trained."""
-    base, template = ModelFolder(model_dir), run.path(TEMPLATE_FILE)
+    base, template, rounded = ModelFolder(model_dir), run.path(TEMPLATE_FILE), None
     if adapter is None:
         state = checkpoint.State(checkpoint.fetch(run, spec.checkpoint, step))
         full = FullFold(list(state.names()), state.read)
@@ -136,7 +139,8 @@ def _make(
             read = agreement.in_four_bits(read, folder, spec.method.double_quant, dtype)
         write_model(model_dir, AdapterFold(folder, base, four_bits), out, folder / TEMPLATE_FILE, on_progress)
         want_NV, base_NV = agreement.of_adapter(model_dir, folder, read, prompts)
-    return agreement.compare(agreement.of_weights(out, agreement.reader(ModelFolder(out)), prompts), want_NV, base_NV)
+        rounded = partial(agreement.of_rounded, model_dir, folder, read, prompts, base[EMBEDDING].dtype)
+    return agreement.compare(agreement.of_weights(out, agreement.reader(ModelFolder(out)), prompts), want_NV, base_NV, rounded)
 
 
 def _four_bits(method: QLora, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

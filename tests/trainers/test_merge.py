@@ -154,6 +154,50 @@ def test_a_wrong_merge_is_refused_with_its_distance(tiny: Path, tmp_path: Path) 
         agreement.compare(got * float("nan"), want, plain)
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_peft_rounds_to_the_same_weights(tiny: Path, tmp_path: Path, kind: str) -> None:
+    base = tuned.resaved(tiny, tmp_path / "base", dtype=torch.bfloat16)
+    run = tuned.a_run(tmp_path / "run", base, **ADAPTERS[kind])
+    merge.merge(run, tuned.job(), "b", base, 10, tuned.PROMPTS)
+    adapter, read = run.path("adapters", "step-000010"), agreement.reader(ModelFolder(base))
+    want, _ = agreement.of_adapter(base, adapter, read, tuned.PROMPTS)
+    rounded = agreement.of_rounded(base, adapter, read, tuned.PROMPTS, torch.bfloat16)
+    got = agreement.of_weights(run.path("model"), agreement.reader(ModelFolder(run.path("model"))), tuned.PROMPTS)
+    assert (got - rounded).abs().max() < 0.1 * (got - want).abs().max()
+
+
+def test_what_rounding_takes_after_little_training_is_told_and_nothing_else_passes(tiny: Path, tmp_path: Path) -> None:
+    base = tuned.resaved(tiny, tmp_path / "base", dtype=torch.bfloat16)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] *= 200  # so that small changes show in its logits
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    run = RunDir(tmp_path / "run", 1, "driver")
+    folder = run.path("adapters", "step-000010")
+    tuned.adapter(base, folder, scale=0.0, init_lora_weights=False)
+    little = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in little.items():  # most changes of a weight are smaller than a bf16 step
+        if "lora_B" in name:
+            tensor.mul_(0.005)
+    save_file(little, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    record = merge.merge(run, tuned.job(), "b", base, 10, tuned.PROMPTS)
+    assert record.kl is not None and record.effect is not None and record.kl > agreement.allowed(record.effect)
+    assert "rounding took that much" in merge.told(tuned.job(), record)
+
+    read = agreement.reader(ModelFolder(base))
+    want, plain = agreement.of_adapter(base, folder, read, tuned.PROMPTS)
+    rounded = agreement.of_rounded(base, folder, read, tuned.PROMPTS, torch.bfloat16)
+    got = agreement.of_weights(run.path("model"), agreement.reader(ModelFolder(run.path("model"))), tuned.PROMPTS)
+    assert (got - rounded).abs().max() < 0.2 * (got - want).abs().max()
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 12}))  # half as much again
+    (tmp_path / "wrong").mkdir()
+    merge.write_model(base, AdapterFold(folder, ModelFolder(base)), tmp_path / "wrong")
+    got = agreement.of_weights(tmp_path / "wrong", agreement.reader(ModelFolder(tmp_path / "wrong")), tuned.PROMPTS)
+    with pytest.raises(ModelError, match="does not agree"):
+        agreement.compare(got, want, plain, lambda: rounded)
+
+
 def test_an_adapter_of_another_base_or_kind_is_refused(tiny: Path, tmp_path: Path) -> None:
     adapter = tuned.adapter(tiny, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
