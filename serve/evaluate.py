@@ -156,7 +156,9 @@ def _answered(chat: Chat, case: Case, answer: str) -> tuple[list[int], tuple[tup
 def _refuse_silence(model: Model, answers: list[Any]) -> None:
     failures = [answer for answer in answers if isinstance(answer, Unavailable)]
     if answers and len(failures) == len(answers):
-        raise Unavailable(f"{model.name} answered none of {len(answers)} requests: {failures[0].message}", "See the serving app's log.")
+        refused = all(failure.message.startswith("HTTP 4") for failure in failures)  # asking again would change nothing
+        kind = UserError if refused else Unavailable
+        raise kind(f"{model.name} answered none of {len(answers)} requests: {failures[0].message}", "See the serving app's log.")
 
 
 def _tell_failures(run: RunDir, result: TaskResult) -> None:

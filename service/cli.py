@@ -534,7 +534,8 @@ def evaluate(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Is MODEL better than BASE, and by more than chance? On held-out answers, tasks, by a judge, by code of your own."""
+    """Is MODEL better than BASE, and by more than chance? On held-out answers, tasks, by a judge, by code of your own. The id of an
+    evaluation in place of MODEL comes back to that one."""
     from service import evaluatecommand, evaluationreport
     from trainers.spec import Judge
 
@@ -544,8 +545,14 @@ def evaluate(
         _check_writable(path)
     here = Judge(model=judge[1], cases=judge_cases) if judge and judge[0] == "here" else None
     client = _client(home)
-    tasks = evaluatecommand.tasks_of(task or [], metric)
-    created = evaluatecommand.create(client, model, against, tasks, slice_by, here)
+    if model.startswith("eval_"):
+        if task or metric or against or slice_by or here:
+            raise typer.BadParameter("An evaluation that is there already takes only --judge URL, --code, --benchmark and --output.")
+        created = client.get(f"/tuneyard/evaluations/{model}")
+    else:
+        tasks = evaluatecommand.tasks_of(task or [], metric)
+        created = evaluatecommand.create(client, model, against, tasks, slice_by, here)
+        err.print(f"Evaluation {created['id']}. It goes on without you; `tuneyard eval {created['id']}` comes back to it.")
     with _asking("asking") as show:
         record = evaluatecommand.follow(client, created["id"], show)
     if code or (judge and not here):

@@ -27,7 +27,7 @@ def health(direct: Any) -> dict[str, Any]:
     return httpx.get(f"{direct.url}/healthz").json()
 
 
-def soon(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+def soon(condition: Callable[[], Any], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -52,7 +52,7 @@ class Browser:
             return test(seen)
 
         try:
-            wait_for(there, 60)
+            wait_for(there, 300)
         except AssertionError:
             raise AssertionError(f"{selector} says {seen!r}; the page: {self.text('body')!r}; {self.errors()}") from None
         return seen

@@ -22,9 +22,10 @@ from service import evaluations
 from service.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
 from service.link import Link
 from service.runner import Runner
-from service.store import new_id
+from service.store import Job, new_id
 from tests.serve.conftest import make_adapter
 from trainers.records import EvaluationRecord, Lease, ModelRecord, OutcomeRecord, RunDir
+from trainers.spec import JobSpec
 
 ROOT = Path(__file__).parents[2]
 PATH = "/tuneyard/evaluations"
@@ -61,17 +62,22 @@ def post(client: OpenAI, path: str, body: Any = None) -> Any:
 
 
 def tuned(service: Service, client: OpenAI) -> str:
-    """A succeeded job whose model is a random adapter; the model's name."""
-    file = client.files.create(file=("a.jsonl", b"{}\n"), purpose="fine-tune").id
-    job = client.fine_tuning.jobs.create(model=BASE, training_file=file)
-    for status in ("queued", "running", "succeeded"):
-        service.store.move(job.id, status, "")  # type: ignore[arg-type]
-    run = RunDir(service.settings.runs / job.id, 1, "driver")
+    """A succeeded job whose model is a random adapter; the model's name. It is put into the database as it is: on its way there the
+    runner, which is at work, would take it up."""
+    owner = service.store.project_of(client.api_key)
+    assert owner is not None
+    spec = JobSpec.parse({"model": {"base": BASE}, "data": {"train": [{"path": "unread"}]}}).model_dump(mode="json")
+    id = new_id("ftjob-")
+    name = f"ft:{BASE}:{owner.name}::{id.removeprefix('ftjob-')}"
+    run = RunDir(service.settings.runs / id, 1, "driver")
     make_adapter(service.settings.models / BASE, run.path("adapters", "step-000003"), seed=1)
     run.write("model.json", ModelRecord(base=BASE, adapter="adapters/step-000003", merged=None, step=3))
-    row = service.store.job(job.organization_id, job.id)
-    assert row is not None
-    return row.model_name
+    job = Job(
+        id=id, project_id=owner.id, status="succeeded", request={}, spec=spec, base=BASE, model_name=name, created_at=time.time(),
+        result_files=[], attempt=1, released=True,
+    )  # fmt: skip
+    service.store.add_job(job)
+    return name
 
 
 def rows(count: int = 6) -> bytes:
@@ -81,11 +87,11 @@ def rows(count: int = 6) -> bytes:
 
 
 def over(client: OpenAI, id: str) -> Any:
-    return wait_for(lambda: found if (found := get(client, f"{PATH}/{id}"))["status"] not in evaluations.OPEN else None, 180)
+    return wait_for(lambda: found if (found := get(client, f"{PATH}/{id}"))["status"] not in evaluations.OPEN else None, 900)
 
 
 def test_an_evaluation_from_start_to_report(live: Service) -> None:
-    client = live.client("acme", timeout=60)
+    client = live.client("acme", timeout=600)
     model = tuned(live, client)
     file = client.files.create(file=("held-out.jsonl", rows()), purpose="fine-tune").id
     body = {"model": model, "tasks": [{"path": file, "metric": "contains", "max_tokens": 8}], "slice_by": "kind"}
@@ -141,7 +147,7 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
         "r.json",
     ]
     done = subprocess.run(
-        [*command, "--home", str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+        [*command, "--home", str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
@@ -149,6 +155,14 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     assert told["tasks"][1]["tuned"] == {"short": 1.0}
     assert json.loads((tmp_path / "r.json").read_text()) == told
     assert "letters by own_metric:short" in (tmp_path / "report.html").read_text()
+    assert f"`tuneyard eval {told['id']}` comes back to it" in " ".join(done.stderr.split())
+    again = [*tuneyard, "eval", told["id"], "--home", str(tmp_path)]
+    done = subprocess.run([*again, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["tasks"] == told["tasks"][:1]
+    wrong = [*again, "--metric", "regex"]
+    done = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 2 and "already takes only" in done.stderr
 
 
 def test_a_lost_attempt_is_tried_again_and_a_cancelled_one_is_fenced(live: Service) -> None:
@@ -170,9 +184,9 @@ def test_a_lost_attempt_is_tried_again_and_a_cancelled_one_is_fenced(live: Servi
         assert now is not None
         return now.attempt == attempt and now.submitted and run.path("progress.json").exists()
 
-    wait_for(lambda: at_work(1), 60)
+    wait_for(lambda: at_work(1), 300)
     live.link.ray.stop(f"{row.id}-1")
-    wait_for(lambda: at_work(2), 60)
+    wait_for(lambda: at_work(2), 300)
     lease = run.read("lease.json", Lease)
     assert lease is not None and lease.attempt == 2
     assert post(client, f"{PATH}/{row.id}/cancel")["status"] == "cancelled"
@@ -181,8 +195,8 @@ def test_a_lost_attempt_is_tried_again_and_a_cancelled_one_is_fenced(live: Servi
         now, held = evaluations.get(live.store, owner.id, row.id), run.read("lease.json", Lease)
         return now is not None and not now.submitted and held is not None and held.attempt == 3
 
-    wait_for(released, 60)
-    wait_for(lambda: live.link.ray.state(f"{row.id}-2")[0] != "alive", 60)
+    wait_for(released, 300)
+    wait_for(lambda: live.link.ray.state(f"{row.id}-2")[0] != "alive", 300)
     assert run.read("outcome.json", OutcomeRecord) is None
 
 

@@ -246,7 +246,7 @@ def test_models_give_way_to_a_job_that_waits_for_gpus_where_training_goes_first(
     assert wanted(yields, 100) == {BASE, whole}
 
 
-def test_a_base_that_many_ask_gets_a_copy(service: Service, client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_many_ask_gets_a_copy(service: Service, client: OpenAI) -> None:
     settings = service.settings.model_copy(update={"serve_replicas": 2, "serve_queue": 1})
     serving = Serving(settings, service.store, service.link)
     service.store.ask_for(BASE)
