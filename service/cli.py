@@ -527,9 +527,12 @@ def evaluate(
         list[str] | None, typer.Option(metavar="MODULE:FUNCTION", help="Also score answers with a function of your own.")
     ] = None,
     benchmark: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="TASK.yaml", help="Run a local task of lm-evaluation-harness (the extra `eval`) on both models."),
+        list[str] | None,
+        typer.Option(
+            metavar="TASK", help="Run a task of lm-evaluation-harness (the extra `eval`) on both models: its name (mmlu) or a YAML file."
+        ),
     ] = None,
+    benchmark_limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each benchmark task.")] = None,
     output: Annotated[list[Path] | None, typer.Option("--output", "-o", help="Also write the report: FILE.html or FILE.json.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -569,7 +572,7 @@ def evaluate(
 
         tokenizer = Settings.load(home=home).models / find(created["base"]).id
         key, url = str(client.openai.api_key), str(client.openai.base_url)
-        record.benchmarks = run_benchmarks(url, key, tokenizer, benchmark, record.base, record.tuned, err.print)
+        record.benchmarks = run_benchmarks(url, key, tokenizer, benchmark, record.base, record.tuned, err.print, benchmark_limit)
     told = {"id": created["id"], **record.model_dump(mode="json")}
     for path in output or []:
         _write(path, evaluationreport.page(record) if path.suffix == ".html" else json.dumps(told, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Benchmarks by lm-evaluation-harness against the service's own /v1/completions: local task files, no hub. Forgetting = tuned minus base.
+"""Benchmarks by lm-evaluation-harness against the service's own /v1/completions. Forgetting = tuned minus base.
 
 The harness (extra [eval]) runs in a process of its own: it sets the process up as it likes, and reads the key from the environment.
 """
@@ -24,9 +24,10 @@ BATCH = 8
 
 
 def run_benchmarks(
-    base_url: str, key: str, tokenizer: Path, tasks: Sequence[Path], base: str, tuned: str, say: Say
+    base_url: str, key: str, tokenizer: Path, tasks: Sequence[str], base: str, tuned: str, say: Say, limit: int | None = None
 ) -> list[BenchmarkResult]:
-    """Every number that the tasks report, of both models. `tokenizer` is the folder of the base model.
+    """Every number that the tasks report, of both models. `tokenizer` is the folder of the base model; `limit` takes only the first
+    questions of each task.
 
     Raises UserError where the harness is not installed or a task file cannot be used, Unavailable where it fails.
     """
@@ -34,17 +35,22 @@ def run_benchmarks(
         raise UserError("Benchmarks need lm-evaluation-harness.", "Install it: pip install 'tuneyard[eval]'.")
     found = []
     for task in tasks:
-        if not task.is_file():
+        if _is_file(task) and not Path(task).is_file():
             raise UserError(f"There is no task file {task}.", "Name a task of lm-evaluation-harness, as YAML.")
         scores = []
         for name in (base, tuned):
-            say(f"{task.name}: asking {name}")
-            scores.append(_run(base_url, key, tokenizer, task, name))
+            say(f"{Path(task).name}: asking {name}")
+            scores.append(_run(base_url, key, tokenizer, task, name, limit))
         found += _compared(*scores)
     return found
 
 
-def _run(base_url: str, key: str, tokenizer: Path, task: Path, model: str) -> dict[str, dict[str, Any]]:
+def _is_file(task: str) -> bool:
+    """Else it is the name of one of the harness's own tasks."""
+    return Path(task).suffix in (".yaml", ".yml")
+
+
+def _run(base_url: str, key: str, tokenizer: Path, task: str, model: str, limit: int | None) -> dict[str, dict[str, Any]]:
     """Task -> metric -> value, as the harness reports them."""
     options = json.dumps(
         {
@@ -57,18 +63,20 @@ def _run(base_url: str, key: str, tokenizer: Path, task: Path, model: str) -> di
             "max_retries": 3,
         }
     )
-    # Nothing is fetched: a task whose data lie on a hub fails instead.
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    # For a local file nothing is fetched: if its data lie on a hub, it fails. Who names MMLU wants its data, which lie nowhere else.
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if _is_file(task) else {}
+    place, folder = (str(Path(task).absolute()), Path(task).absolute().parent) if _is_file(task) else (task, Path.cwd())
     with TemporaryDirectory(prefix="tuneyard-benchmark-") as scratch:
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", options]
-        command += ["--tasks", str(task.absolute()), "--output_path", f"{scratch}/results", "--batch_size", "1"]
+        command += ["--tasks", place, "--output_path", f"{scratch}/results", "--batch_size", "1"]
+        command += ["--limit", str(limit)] if limit else []
         environment = {**os.environ, **offline, "OPENAI_API_KEY": key}
-        done = subprocess.run(command, cwd=task.absolute().parent, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         files = sorted(Path(scratch).rglob("results*.json"))
         if done.returncode != 0 or not files:
             said = next((line for line in reversed((done.stderr + done.stdout).splitlines()) if line.strip()), "it said nothing")
             raise Unavailable(
-                f"lm-evaluation-harness failed on {task.name}: {said.strip().replace(key, '***')[:300]}", "Check the task file."
+                f"lm-evaluation-harness failed on {Path(task).name}: {said.strip().replace(key, '***')[:300]}", "Check the task."
             )
         return json.loads(files[-1].read_text(encoding="utf-8"))["results"]
 

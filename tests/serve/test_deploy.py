@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from serve.app import application
 from serve.chats import Chats
 from serve.deploy import TOLERANCE, Replay, deploy
 from serve.transformers_engine import TransformersEngine
+from tests.serve.conftest import over_http
 from trainers.chat import Chat
 from trainers.errors import ServingDiffers
 from trainers.records import DeployRecord, ModelRecord, RunDir
@@ -31,17 +28,8 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def url(tiny: Path) -> Iterator[str]:
-    app = application(TransformersEngine(tiny), Chats(tiny), "tiny", TOKEN)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with over_http(application(TransformersEngine(tiny), Chats(tiny), "tiny", TOKEN)) as url:
+        yield url
 
 
 def replays_of(folder: Path, adapter: str) -> list[Replay]:

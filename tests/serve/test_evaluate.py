@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve.evaluate import CONCURRENCY, TRIES, Endpoint, HeldOut, Model, evaluate
+from tests.serve.conftest import over_http
 from trainers.errors import DataError, Unavailable, UserError
 from trainers.records import EvaluationRecord, RunDir
 from trainers.spec import EvalTask
@@ -72,25 +69,8 @@ class Peer:
 @pytest.fixture
 def peer() -> Iterator[tuple[Peer, Endpoint]]:
     peer = Peer()
-    with listening(peer.app) as url:
+    with over_http(peer.app) as url:
         yield peer, Endpoint(f"{url}/m", TOKEN, backoff_s=0.01)
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The app on a free port of loopback; its URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def task(folder: Path, questions: list[str], **more: object) -> EvalTask:
@@ -244,7 +224,7 @@ def app(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoi
     from serve.chats import Chats
     from serve.transformers_engine import TransformersEngine
 
-    with listening(application(TransformersEngine(tiny), Chats(tiny), "tiny", TOKEN)) as url:
+    with over_http(application(TransformersEngine(tiny), Chats(tiny), "tiny", TOKEN)) as url:
         yield Endpoint(url, TOKEN, backoff_s=0.01)
 
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
@@ -24,6 +19,7 @@ from serve.asking import Asker, Endpoint
 from serve.faults import Said
 from serve.judge import KEY, TRIES, Pair, conclude, judge, peer_of, spread
 from serve.tasks import Case
+from tests.serve.conftest import over_http
 from trainers.errors import Unavailable, UserError
 from trainers.records import JudgeResult, RunDir
 from trainers.spec import Judge
@@ -71,24 +67,8 @@ class Scripted:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scripted, str]]:
     monkeypatch.setenv(KEY, SECRET)
     scripted = Scripted()
-    with listening(scripted.app) as url:
+    with over_http(scripted.app) as url:
         yield scripted, url
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def pair(request: str, base: str, tuned: str) -> Pair:
@@ -205,7 +185,7 @@ def test_a_real_model_may_judge(tmp_path: Path) -> None:
 
     folder = make_tiny(tmp_path / "tiny", max_position_embeddings=4096)  # judging takes long prompts
     small = [Pair(Case("t:1", [{"role": "user", "content": "a"}], "b", None), Said("c"), Said("d"))]
-    with listening(application(TransformersEngine(folder), Chats(folder), "tiny", "token")) as url:
+    with over_http(application(TransformersEngine(folder), Chats(folder), "tiny", "token")) as url:
 
         async def ask() -> JudgeResult:
             async with Asker(RunDir(tmp_path), 60, 0.01) as asker:

@@ -42,7 +42,7 @@ def test_a_local_task_is_run_on_both_models(tmp_path: Path, tiny: Path) -> None:
     said: list[str] = []
     with serving(application(TransformersEngine(tiny), Chats(tiny), "tiny", "key")) as port:
         url = f"http://127.0.0.1:{port}/v1"
-        (row,) = run_benchmarks(url, "key", tiny, [tmp_path / "task.yaml"], "base", "tuned", said.append)
+        (row,) = run_benchmarks(url, "key", tiny, [str(tmp_path / "task.yaml")], "base", "tuned", said.append)
         assert (row.task, row.metric, row.base, row.tuned) == (
             "tiny_choice",
             "acc,none",
@@ -51,8 +51,10 @@ def test_a_local_task_is_run_on_both_models(tmp_path: Path, tiny: Path) -> None:
         )  # the same question, each answer half the time
         assert row.base_error is not None and len(said) == 2
         with pytest.raises(Unavailable, match=r"failed on task\.yaml") as caught:
-            run_benchmarks(url, "wrong-key", tiny, [tmp_path / "task.yaml"], "base", "tuned", said.append)
+            run_benchmarks(url, "wrong-key", tiny, [str(tmp_path / "task.yaml")], "base", "tuned", said.append)
         assert "wrong-key" not in caught.value.message
+        with pytest.raises(Unavailable, match=r"failed on no_such_task"):  # a name, which only the harness knows
+            run_benchmarks(url, "key", tiny, ["no_such_task"], "base", "tuned", said.append, limit=1)
     record = EvaluationRecord(tasks=[], seconds=0, benchmarks=[row])
     assert evaluationreport.lines(record) == ["tiny_choice: acc,none base 0.5, tuned 0.5 (tuned minus base +0)."]
     assert "tiny_choice" in evaluationreport.page(record)
@@ -61,4 +63,4 @@ def test_a_local_task_is_run_on_both_models(tmp_path: Path, tiny: Path) -> None:
 @needs_harness
 def test_a_task_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no task file"):
-        run_benchmarks("http://127.0.0.1:9", "k", tmp_path, [tmp_path / "gone.yaml"], "a", "b", print)
+        run_benchmarks("http://127.0.0.1:9", "k", tmp_path, [str(tmp_path / "gone.yaml")], "a", "b", print)
