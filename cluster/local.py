@@ -184,7 +184,7 @@ def _environment(head: LocalHead, path: str) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Threads that wait for each other spin briefly, then sleep: see trainers/local.py.
         "GOMP_SPINCOUNT": "20000",
-        # The gateway asks replicas themselves: through Serve's proxy every token of an answer is an object of Ray's, for 30% of all time.
+        # The gateway asks replicas themselves: through Serve's proxy every token of an answer becomes an object of Ray's.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # the gateway notices within a second or two that a replica goes
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long there has threads of its own

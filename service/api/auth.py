@@ -20,7 +20,7 @@ KNOWN_S = 1.0
 MANY = 1024
 
 
-# Those that wait for nothing are `async`: FastAPI would take each of the others to a thread, at a fifth of a millisecond a request.
+# Those that wait for nothing are `async`: FastAPI takes each of the others to a thread and back.
 
 
 async def _settings(request: Request) -> Settings:
