@@ -13,9 +13,6 @@ from typing import Any
 from service import agreement
 from service.studies import SCALES, Rater, Rating, Study, StudyItem
 
-CHOICES = ("0", "1", "tie", "both_bad")
-"""In the models' terms: "0" says that the study's first model answered better."""
-
 Json = dict[str, Any]
 
 
