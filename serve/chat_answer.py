@@ -13,7 +13,7 @@ from serve.engine import Engine, GenerateRequest, TokenEvent
 from serve.protocol import usage
 from serve.streams import merged
 from serve.tokentext import TokenText
-from serve.tools import Call, Form, Reader, forced_grammar, opening_ids
+from serve.tools import Call, Form, Reader, call_schema, opening_ids
 from trainers.chat import Chat
 
 Chunk = tuple[dict[str, Any], dict[str, Any] | None, str | None]
@@ -83,7 +83,7 @@ class ChatAnswer:
                 stop_ids=stop_ids,
                 max_tokens=asked.limit,
                 logprobs=asked.top_logprobs if asked.logprobs else None,
-                grammar=forced_grammar(form, forced) if form and forced else asked.grammar,
+                json_schema=call_schema(form, forced) if form and forced else asked.answer_schema,
                 **asked.sampling(i, vocabulary),
             )
             for i in range(asked.n)

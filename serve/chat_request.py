@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
 
-from serve.engine import Grammar
+from serve.engine import ANY_OBJECT
 from serve.protocol import MAX_TOP, Sampling, check_schema, read
 from trainers.chat import Message
 from trainers.errors import UserError
@@ -153,13 +153,13 @@ class ChatRequest(Sampling, WithMessages):
         return functions if self.tool_choice == "required" else []
 
     @property
-    def grammar(self) -> Grammar | None:
-        """What `response_format` asks for."""
+    def answer_schema(self) -> str | None:
+        """The JSON schema that `response_format` asks for."""
         if self.response_format.type == "json_object":
-            return Grammar("json")
+            return ANY_OBJECT
         if self.response_format.type == "json_schema":
             assert self.response_format.json_schema is not None  # `parse` looked
-            return Grammar("json_schema", orjson.dumps(self.response_format.json_schema.of).decode())
+            return orjson.dumps(self.response_format.json_schema.of).decode()
         return None
 
 

@@ -12,14 +12,8 @@ Likeliest = tuple[tuple[int, float], ...]
 """(token id, natural log of its probability), likeliest first."""
 
 
-@dataclass(frozen=True)
-class Grammar:
-    """What form an answer must have."""
-
-    kind: Literal["json", "json_schema", "regex"]
-    """`json`: any JSON object."""
-    text: str = ""
-    """The JSON schema as canonical JSON text, or the regular expression."""
+ANY_OBJECT = '{"type":"object"}'
+"""The JSON schema of any JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +37,11 @@ class GenerateRequest:
     """Taken from a token's logit if it was generated before."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
-    grammar: Grammar | None = None
-    """The answer has this form; nothing else can be sampled, and it ends only when it is complete."""
+    json_schema: str | None = None
+    """The answer is JSON that fits this JSON schema (JSON text); nothing else can be sampled, and it ends only when it is complete."""
     logprobs: int | None = None
     """Tell the log-probability of each generated token and of this many likeliest ones. It is the model's own: log_softmax of the raw
-    logits in fp32, before temperature, penalties, bias and grammar. None = nothing; 0 = of the token alone."""
+    logits in fp32, before temperature, penalties, bias and schema. None = nothing; 0 = of the token alone."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens, as one PromptEvent before the first TokenEvent."""
     stop_ids: frozenset[int] | None = None
@@ -96,7 +90,7 @@ class Engine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent | PromptEvent, None]:
         """Stream the answer's tokens; closing the iterator stops the generation.
 
-        Raises, before the first event, UserError if the request cannot fit the context, its grammar cannot be compiled or its adapter is
+        Raises, before the first event, UserError if the request cannot fit the context, its schema cannot be compiled or its adapter is
         unusable, and Unavailable if more requests wait than the engine holds.
         """
         ...

@@ -1,4 +1,4 @@
-"""Answers of a given form: what a JSON schema or a regular expression lets a model say next, token by token.
+"""Answers of a given form: what a JSON schema lets a model say next, token by token.
 
 llguidance reads the schema and computes which tokens may come. A schema that it cannot follow to the letter is refused: an answer
 that was promised to fit must fit. Compiling is for a thread beside the one that decodes; its size is bounded, here and in the library.
@@ -17,20 +17,18 @@ import llguidance
 import numpy as np
 import torch
 
-from serve.engine import Grammar
 from serve.text import pieces
 from trainers.chat import Chat
 from trainers.errors import UserError
 
 MOST_CHARACTERS = 256_000
-"""Of a schema or an expression: about a third of a second to compile."""
+"""Of a schema: about a third of a second to compile."""
 MOST_DEPTH = 64
 MOST_REPEATS = 10_000
-"""Of an item or a part of an expression. The library would take minutes and gigabytes for a billion."""
+"""Of an item or a part of a pattern. The library would take minutes and gigabytes for a billion."""
 MOST_NESTED_REPEATS = 100_000
 MOST_KEPT = 64
 MOST_KEPT_CHARACTERS = 4_000_000
-ANY_OBJECT = '{"type":"object"}'
 WHITE_SPACE = r"(\n[ \t]{0,40}|[ \t])"  # at each place where JSON allows it, once: a small model would else write spaces for ever
 
 _LIMITS = llguidance.LLParserLimits(
@@ -87,18 +85,18 @@ class Grammars:
         self._chat = chat
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
 
-    def follow(self, grammar: Grammar) -> Follower:
+    def follow(self, json_schema: str) -> Follower:
         """A follower at the beginning. Raises UserError for what cannot be compiled."""
         with self._lock:
-            if matcher := self._kept.get(grammar):
-                self._kept.move_to_end(grammar)
+            if matcher := self._kept.get(json_schema):
+                self._kept.move_to_end(json_schema)
         if matcher is None:
-            matcher = self._compile(grammar)
+            matcher = self._compile(json_schema)
             with self._lock:
-                self._kept[grammar] = matcher
-                while len(self._kept) > MOST_KEPT or sum(len(g.text) for g in self._kept) > MOST_KEPT_CHARACTERS:
+                self._kept[json_schema] = matcher
+                while len(self._kept) > MOST_KEPT or sum(map(len, self._kept)) > MOST_KEPT_CHARACTERS:
                     self._kept.popitem(last=False)
         return Follower(matcher.deep_copy(), self._vocab_size)
 
@@ -106,24 +104,22 @@ class Grammars:
     def _tokenizer(self) -> llguidance.LLTokenizer:
         return llguidance.LLTokenizer(_Vocabulary(self._chat), n_vocab=self._vocab_size)  # type: ignore[arg-type]
 
-    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
-        if len(grammar.text) > MOST_CHARACTERS:
-            raise _refusal(grammar, f"it has {len(grammar.text):,} characters, more than {MOST_CHARACTERS:,}")
+    def _compile(self, json_schema: str) -> llguidance.LLMatcher:
+        if len(json_schema) > MOST_CHARACTERS:
+            raise _refusal(f"it has {len(json_schema):,} characters, more than {MOST_CHARACTERS:,}")
         try:
-            if grammar.kind == "regex":
-                _refuse_costly_pattern(grammar.text)
-            source = llguidance.LLMatcher.grammar_from_regex(grammar.text) if grammar.kind == "regex" else _schema_grammar(grammar)
+            source = _grammar(json_schema)
         except (ValueError, RecursionError) as error:
-            raise _refusal(grammar, _first_line(str(error))) from None
+            raise _refusal(_first_line(str(error))) from None
         matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise _refusal(grammar, _first_line(matcher.get_error()))
+            raise _refusal(_first_line(matcher.get_error()))
         Follower(matcher, self._vocab_size).allowed(frozenset())  # the first look takes longest, and copies know what it found
         return matcher
 
 
-def _schema_grammar(grammar: Grammar) -> str:
-    schema = json.loads(ANY_OBJECT if grammar.kind == "json" else grammar.text)
+def _grammar(json_schema: str) -> str:
+    schema = json.loads(json_schema)
     if not isinstance(schema, dict):
         raise ValueError("it must be a JSON object")
     _refuse_costly(schema)
@@ -174,10 +170,9 @@ def _significant(number: float) -> int:
     return int("".join(map(str, digits)))
 
 
-def _refusal(grammar: Grammar, why: str) -> UserError:
-    what = "regular expression" if grammar.kind == "regex" else "JSON schema"
+def _refusal(why: str) -> UserError:
     return UserError(
-        f"The {what} cannot be compiled: {why}.",
+        f"The JSON schema cannot be compiled: {why}.",
         "Answers can be held to type, properties, required, items, enum, const, anyOf, $ref inside the schema, bounds and patterns.",
         "response_format",
     )

@@ -1,4 +1,4 @@
-"""From logits to the next token of every row at once: log-probabilities, penalties, bias, a grammar's mask, temperature, top-k, top-p.
+"""From logits to the next token of every row at once: log-probabilities, penalties, bias, a schema's mask, temperature, top-k, top-p.
 
 What a row draws depends on its own logits and its own generator alone, one random number a token, so that a seed means the same
 in every batch.
@@ -65,7 +65,7 @@ def choose(
 ) -> tuple[list[int], list[Scores]]:
     """The next token of each row, and what is told of it.
 
-    logits_NV: the model's own, fp32; they are changed. allowed: row number -> bool of shape V, the tokens that its grammar permits.
+    logits_NV: the model's own, fp32; they are changed. allowed: row number -> bool of shape V, the tokens that its schema permits.
     """
     told = [i for i, c in enumerate(choices) if c.request.logprobs is not None]
     # Only these rows' logits must outlive the changes that follow.

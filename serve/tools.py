@@ -13,7 +13,6 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-from serve.engine import Grammar
 from trainers.chat import Chat, Message
 from trainers.errors import TemplateError, UserError
 
@@ -97,15 +96,15 @@ def needed(chat: Chat, param: str) -> Form:
     )
 
 
-def forced_grammar(form: Form, functions: list[dict[str, Any]]) -> Grammar:
-    """A call of one of these functions, as JSON whose arguments follow the function's schema."""
+def call_schema(form: Form, functions: list[dict[str, Any]]) -> str:
+    """The JSON schema of a call of one of these functions, whose arguments follow the function's own schema."""
     calls = []
     for i, function in enumerate(functions):
         place = f"#/anyOf/{i}/properties/{form.arguments}" if len(functions) > 1 else f"#/properties/{form.arguments}"
         parameters = _moved(function.get("parameters") or {"type": "object"}, place)
         properties = {"name": {"const": function["name"]}, form.arguments: parameters}
         calls.append({"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False})
-    return Grammar("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}, ensure_ascii=False))
+    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}, ensure_ascii=False)
 
 
 def _moved(schema: Any, place: str) -> Any:

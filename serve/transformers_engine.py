@@ -139,8 +139,8 @@ class TransformersEngine:
                 raise Unavailable(f"{self._num_open} requests run or wait at this model, which is all that it holds.", "Ask again shortly.")
             self._num_open += 1
         try:
-            if request.grammar:
-                row.follower = await asyncio.wrap_future(self._in(self._compiler, self._grammars.follow, request.grammar))
+            if request.json_schema:
+                row.follower = await asyncio.wrap_future(self._in(self._compiler, self._grammars.follow, request.json_schema))
             row.adapter = self.adapters.hold(request.adapter) if request.adapter else None
             if request.adapter and not row.adapter:
                 self._in(self._loader, self._load_adapter, row, request.adapter)

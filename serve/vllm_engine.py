@@ -30,8 +30,8 @@ from vllm.platforms import current_platform  # pyright: ignore[reportMissingImpo
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # pyright: ignore[reportMissingImports]
 from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
-from serve.engine import GenerateRequest, Grammar, Likeliest, PromptEvent, TokenEvent
-from serve.grammar import ANY_OBJECT, WHITE_SPACE, Grammars
+from serve.engine import GenerateRequest, Likeliest, PromptEvent, TokenEvent
+from serve.grammar import WHITE_SPACE, Grammars
 from serve.limits import most_tokens
 from serve.text import AnswerText, pieces
 from serve.vllm_adapters import HeldAdapters
@@ -119,7 +119,7 @@ class VLLMEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         max_tokens = most_tokens(request, self.context, self.vocab_size)
-        if request.grammar and request.logprobs is not None:
+        if request.json_schema and request.logprobs is not None:
             raise UserError(
                 "vLLM tells the log-probabilities of an answer of a given form only after the form has ruled tokens out.",
                 "Ask for one of the two, or serve the model with the transformers engine.",
@@ -139,7 +139,7 @@ class VLLMEngine:
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         pumping = None
         try:
-            follower = await asyncio.to_thread(self._grammars.follow, request.grammar) if request.grammar else None
+            follower = await asyncio.to_thread(self._grammars.follow, request.json_schema) if request.json_schema else None
             stop_ids = self._chat.stop_ids if request.stop_ids is None else request.stop_ids
             if follower:
                 stop_ids |= {self._chat.eos_id}  # the only one that vLLM lets end a form
@@ -293,7 +293,7 @@ def sampling_params(request: GenerateRequest, max_tokens: int, stop_ids: frozens
             ignore_eos=True,  # the request says what ends an answer
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs,
-            structured_outputs=structured(request.grammar) if request.grammar else None,
+            structured_outputs=structured(request.json_schema) if request.json_schema else None,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -301,12 +301,9 @@ def sampling_params(request: GenerateRequest, max_tokens: int, stop_ids: frozens
         raise refused(error) from None
 
 
-def structured(grammar: Grammar) -> StructuredOutputsParams:
-    """The form in vLLM's words, with the white space that serve.grammar allows."""
-    if grammar.kind == "regex":
-        return StructuredOutputsParams(regex=grammar.text)
-    schema = json.loads(ANY_OBJECT if grammar.kind == "json" else grammar.text)
-    return StructuredOutputsParams(json=schema | {"x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+def structured(json_schema: str) -> StructuredOutputsParams:
+    """The schema in vLLM's words, with the white space that serve.grammar allows."""
+    return StructuredOutputsParams(json=json.loads(json_schema) | {"x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 def prompt_event(request: GenerateRequest, told: list[Any]) -> PromptEvent:

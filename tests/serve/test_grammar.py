@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jsonschema
 import pytest
 import torch
 
-from serve.engine import GenerateRequest, Grammar, TokenEvent
+from serve.engine import ANY_OBJECT, GenerateRequest, TokenEvent
 from serve.grammar import Grammars
 from serve.transformers_engine import TransformersEngine
 from trainers.chat import Chat
@@ -38,10 +37,6 @@ def engine(tiny: Path) -> Iterator[TransformersEngine]:
 @pytest.fixture(scope="module")
 def grammars(tiny: Path) -> Grammars:
     return Grammars(Chat.load(tiny), 300)
-
-
-def schema(value: Any) -> Grammar:
-    return Grammar("json_schema", json.dumps(value))
 
 
 def ask(engine: TransformersEngine, *requests: GenerateRequest) -> list[list[TokenEvent] | BaseException]:
@@ -90,7 +85,7 @@ def test_every_finished_answer_fits_its_schema(engine: TransformersEngine) -> No
     rng = random.Random(5)
     schemas = [random_schema(rng) for _ in range(60)]
     requests = [
-        GenerateRequest(prompt_ids=[5 + i, 9], grammar=schema(s), temperature=1.0, top_p=(1.0, 0.9)[i % 2], max_tokens=400, seed=i)
+        GenerateRequest(prompt_ids=[5 + i, 9], json_schema=json.dumps(s), temperature=1.0, top_p=(1.0, 0.9)[i % 2], max_tokens=400, seed=i)
         for i, s in enumerate(schemas)
     ]
     num_finished = 0
@@ -106,7 +101,7 @@ def test_any_object(engine: TransformersEngine, tiny: Path) -> None:
     # The tiny model hardly ever closes a string: a bias towards quotes and braces makes it.
     chat = Chat.load(tiny)
     bias = {id: 8.0 for text in '"}' for id in chat.encoder.encode(text, "continue")}
-    requests = [GenerateRequest(prompt_ids=[5], grammar=Grammar("json"), max_tokens=300, seed=s, logit_bias=bias) for s in range(12)]
+    requests = [GenerateRequest(prompt_ids=[5], json_schema=ANY_OBJECT, max_tokens=300, seed=s, logit_bias=bias) for s in range(12)]
     texts = []
     for events in ask(engine, *requests):
         assert not isinstance(events, BaseException), events
@@ -116,16 +111,9 @@ def test_any_object(engine: TransformersEngine, tiny: Path) -> None:
     assert any(len(t) > 2 for t in texts)
 
 
-def test_a_regular_expression(engine: TransformersEngine) -> None:
-    pattern = r"(cat|dog) \d{2,3}"
-    for events in ask(engine, *(GenerateRequest(prompt_ids=[5], grammar=Grammar("regex", pattern), seed=s) for s in range(6))):
-        assert not isinstance(events, BaseException), events
-        assert re.fullmatch(pattern, "".join(e.text for e in events)) and events[-1].finish_reason == "stop"
-
-
 def test_others_in_the_batch_are_free(engine: TransformersEngine) -> None:
     free = [GenerateRequest(prompt_ids=[7, 8, 9 + i], max_tokens=20, seed=i, temperature=float(i % 2)) for i in range(4)]
-    bound = [GenerateRequest(prompt_ids=[7, 8], grammar=schema(PERSON), max_tokens=60, seed=i) for i in range(4)]
+    bound = [GenerateRequest(prompt_ids=[7, 8], json_schema=json.dumps(PERSON), max_tokens=60, seed=i) for i in range(4)]
     alone = [ask(engine, request)[0] for request in free]
     together = ask(engine, *free, *bound)
     assert together[:4] == alone
@@ -134,7 +122,7 @@ def test_others_in_the_batch_are_free(engine: TransformersEngine) -> None:
 def test_an_answer_ends_only_when_it_is_complete(engine: TransformersEngine, tiny: Path) -> None:
     stop_ids = Chat.load(tiny).stop_ids
     bias = dict.fromkeys(stop_ids, 100.0)  # it would end at once
-    (events,) = ask(engine, GenerateRequest(prompt_ids=[5], grammar=schema(PERSON), max_tokens=200, logit_bias=bias, seed=3))
+    (events,) = ask(engine, GenerateRequest(prompt_ids=[5], json_schema=json.dumps(PERSON), max_tokens=200, logit_bias=bias, seed=3))
     assert not isinstance(events, BaseException)
     assert not stop_ids & {e.id for e in events[:-1]}
     jsonschema.validate(json.loads("".join(e.text for e in events)), PERSON)
@@ -142,7 +130,7 @@ def test_an_answer_ends_only_when_it_is_complete(engine: TransformersEngine, tin
 
 def test_control_tokens_are_no_text(grammars: Grammars, tiny: Path) -> None:
     chat = Chat.load(tiny)
-    follower = grammars.follow(Grammar("json_schema", '{"type": "string"}'))
+    follower = grammars.follow('{"type": "string"}')
     follower.take(chat.encoder.encode('"', "continue")[0])
     allowed = follower.allowed(chat.stop_ids)
     special = [id for id, token in chat.tokenizer.get_added_tokens_decoder().items() if token.special]
@@ -175,13 +163,13 @@ def test_control_tokens_are_no_text(grammars: Grammars, tiny: Path) -> None:
 )
 def test_what_cannot_be_compiled_is_refused(grammars: Grammars, text: str, why: str) -> None:
     with pytest.raises(UserError, match=why) as caught:
-        grammars.follow(Grammar("json_schema", text))
+        grammars.follow(text)
     assert caught.value.status == 400 and caught.value.param == "response_format" and len(str(caught.value)) < 700
 
 
 def test_the_engine_refuses_before_it_begins(engine: TransformersEngine) -> None:
-    (error,) = ask(engine, GenerateRequest(prompt_ids=[5], grammar=Grammar("regex", "(")))
-    assert isinstance(error, UserError) and "regular expression" in str(error)
+    (error,) = ask(engine, GenerateRequest(prompt_ids=[5], json_schema='{"type": "foo"}'))
+    assert isinstance(error, UserError) and "JSON schema" in str(error)
     assert engine.num_running == 0
 
 
@@ -190,14 +178,14 @@ def test_kept_grammars_are_bounded(tiny: Path) -> None:
 
     grammars = Grammars(Chat.load(tiny), 300)
     for i in range(module.MOST_KEPT + 5):
-        grammars.follow(Grammar("regex", f"a{{{i + 1}}}"))
+        grammars.follow(f'{{"const": {i}}}')
     assert len(grammars._kept) == module.MOST_KEPT
 
 
 def test_two_followers_of_one_grammar_go_their_own_ways(grammars: Grammars, tiny: Path) -> None:
     chat = Chat.load(tiny)
-    one, other = (grammars.follow(Grammar("regex", "ab")) for _ in range(2))
-    a, b = (chat.encoder.encode(text, "continue")[0] for text in "ab")
+    one, other = (grammars.follow('{"const": 17}') for _ in range(2))
+    a, b = (chat.encoder.encode(text, "continue")[0] for text in "17")
     one.take(a)
     assert one.allowed(chat.stop_ids)[b] and not one.allowed(chat.stop_ids)[a] and other.allowed(chat.stop_ids)[a]
     one.take(b)

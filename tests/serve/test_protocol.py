@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from serve.chat_request import parse, parse_messages
-from serve.engine import Grammar
+from serve.engine import ANY_OBJECT
 from trainers.errors import UserError
 
 BASE: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -35,7 +35,7 @@ def test_defaults_and_unknown_keys() -> None:
         "stop": (),
         "seed": None,
     }
-    assert request.grammar is None and request.forced == []
+    assert request.answer_schema is None and request.forced == []
 
 
 def test_null_means_the_default() -> None:
@@ -91,10 +91,10 @@ def test_tools_are_passed_on_just_as_they_came() -> None:
 
 
 def test_forms_of_answers() -> None:
-    assert parse(body(response_format={"type": "json_object"})).grammar == Grammar("json")
+    assert parse(body(response_format={"type": "json_object"})).answer_schema == ANY_OBJECT
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
-    assert parse(body(response_format=form)).grammar == Grammar("json_schema", orjson.dumps(SCHEMA).decode())
-    assert parse(body(response_format=form, tools=[TOOL], tool_choice="none")).grammar
+    assert parse(body(response_format=form)).answer_schema == orjson.dumps(SCHEMA).decode()
+    assert parse(body(response_format=form, tools=[TOOL], tool_choice="none")).answer_schema
 
 
 def deep(levels: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.tools import Reader, forced_grammar, form_of, needed, opening_ids
+from serve.tools import Reader, call_schema, form_of, needed, opening_ids
 from tests.conftest import CHATML
 from trainers.chat import Chat
 from trainers.errors import UserError
@@ -125,9 +125,9 @@ def test_a_forced_call_goes_on_where_the_prompt_ends(tiny: Path, template: str) 
 def test_grammar_of_forced_calls(tiny: Path) -> None:
     form = needed(chat_of(tiny, "chatml"), "tools")
     parameters = {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "string"}}}
-    one = json.loads(forced_grammar(form, [{"name": "f", "parameters": parameters}]).text)
+    one = json.loads(call_schema(form, [{"name": "f", "parameters": parameters}]))
     assert one["properties"]["name"] == {"const": "f"} and one["required"] == ["name", "arguments"]
     assert one["properties"]["arguments"]["properties"]["p"]["$ref"] == "#/properties/arguments/$defs/P"
-    two = json.loads(forced_grammar(form, [{"name": "g"}, {"name": "f", "parameters": parameters}]).text)
+    two = json.loads(call_schema(form, [{"name": "g"}, {"name": "f", "parameters": parameters}]))
     assert two["anyOf"][1]["properties"]["arguments"]["properties"]["p"]["$ref"] == "#/anyOf/1/properties/arguments/$defs/P"
     assert two["anyOf"][0]["properties"]["arguments"] == {"type": "object"}

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from serve.engine import GenerateRequest, Grammar, PromptEvent, TokenEvent
+from serve.engine import GenerateRequest, PromptEvent, TokenEvent
 from serve.transformers_engine import MAX_ROWS, PREFILL_TOKENS, TransformersEngine
 from trainers.chat import Chat
 from trainers.errors import ModelError, Unavailable, UserError
@@ -283,11 +283,11 @@ def check_scores(scores: Any, tops: Any, ids: list[int], logprobs_TV: torch.Tens
 
 
 def test_log_probabilities_of_answers(engine: TransformersEngine, reference: Any) -> None:
-    grammar = Grammar("regex", "[a-z ]{1,30}")
+    schema = '{"type": "string", "pattern": "^[a-z ]{1,30}$"}'
     requests = [
         greedy(prompt_ids=prompt(9), logprobs=5),
         GenerateRequest(prompt_ids=prompt(30), logprobs=2, max_tokens=12, temperature=2.0, top_p=0.9, frequency_penalty=1.0, seed=1),
-        GenerateRequest(prompt_ids=prompt(3), logprobs=2, max_tokens=12, grammar=grammar, logit_bias={70: 3.0}, seed=2),
+        GenerateRequest(prompt_ids=prompt(3), logprobs=2, max_tokens=12, json_schema=schema, logit_bias={70: 3.0}, seed=2),
         greedy(prompt_ids=prompt(9), logprobs=0),
         greedy(prompt_ids=prompt(9)),
     ]

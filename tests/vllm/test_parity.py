@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serve.engine import Engine, GenerateRequest, Grammar, PromptEvent, TokenEvent
+from serve.engine import ANY_OBJECT, Engine, GenerateRequest, PromptEvent, TokenEvent
 from tests.vllm.conftest import Events, ask, ids, said
 
 TOLERANCE = 2e-3
@@ -72,9 +72,8 @@ STEERED: dict[str, dict[str, Any]] = {
     "cut": {"max_tokens": 3},
     "bias": {"logit_bias": {7042: -100.0, 504: -3.0}},
     "penalties": {"frequency_penalty": 1.5, "presence_penalty": 0.5},
-    "schema": {"grammar": Grammar("json_schema", ANSWER), "logprobs": None},
-    "any object": {"grammar": Grammar("json"), "logprobs": None},
-    "regex": {"grammar": Grammar("regex", "(yes|no)( (yes|no))*!"), "logprobs": None},
+    "schema": {"json_schema": ANSWER, "logprobs": None},
+    "any object": {"json_schema": ANY_OBJECT, "logprobs": None},
     "no logprobs but its own": {"logprobs": 0},
 }
 

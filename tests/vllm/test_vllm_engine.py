@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from serve.engine import GenerateRequest, Grammar, TokenEvent
+from serve.engine import ANY_OBJECT, GenerateRequest, TokenEvent
 from tests.vllm.conftest import ask, ids, make_lora, said
 from trainers.errors import ModelError, TuneyardError, Unavailable, UserError
 
@@ -40,9 +40,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "an id that is none": {"logit_bias": {10**6: 1.0}},
     "nothing to say": {"max_tokens": 0},
     "no such adapter": {"adapter": "/nowhere"},
-    "no regular expression": {"grammar": Grammar("regex", "(")},
-    "no schema": {"grammar": Grammar("json_schema", '{"type":"nothing"}')},
-    "log-probabilities of a form": {"grammar": Grammar("json"), "logprobs": 1},
+    "no schema": {"json_schema": '{"type":"nothing"}'},
+    "log-probabilities of a form": {"json_schema": ANY_OBJECT, "logprobs": 1},
     "no number": {"temperature": float("nan")},
 }
 
