@@ -27,6 +27,7 @@ from serve.packed import packed
 from serve.plain import beyond_plain
 from trainers.errors import ModelError, Unavailable
 
+CPU = torch.device("cpu")
 PREFIX = "base_model.model."  # PEFT's name for the model that it wraps
 
 
@@ -49,8 +50,8 @@ class Adapter:
         self.num_bytes = sum(t.nbytes for pair in self.weights.values() for t in pair)
 
 
-def load_adapter(path: str, shapes: dict[str, tuple[int, int]], dtype: torch.dtype) -> Adapter:
-    """Read a PEFT LoRA folder for a base whose linear layers have these (O, I) shapes.
+def load_adapter(path: str, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, device: torch.device = CPU) -> Adapter:
+    """Read a PEFT LoRA folder, onto `device`, for a base whose linear layers have these (O, I) shapes.
 
     Raises ModelError if files are missing, the adapter uses more than plain LoRA, or it was made for another base.
     """
@@ -88,15 +89,15 @@ def load_adapter(path: str, shapes: dict[str, tuple[int, int]], dtype: torch.dty
                 f"the base needs {(rank, num_in)} and {(num_out, rank)}.",
                 "Serve it on the base model that it was trained on.",
             )
-        weights[name] = (a.to(dtype), (b.float() * scaling).T.contiguous().to(dtype))
+        weights[name] = (a.to(device, dtype), (b.float() * scaling).T.contiguous().to(device, dtype))
     return Adapter(path, rank, weights)
 
 
 class AdapterRegistry:
     """The adapters in memory, least recently used first; safe to use from any thread."""
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, max_bytes: int) -> None:
-        self.shapes, self.dtype, self.max_bytes = shapes, dtype, max_bytes
+    def __init__(self, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, max_bytes: int, device: torch.device = CPU) -> None:
+        self.shapes, self.dtype, self.max_bytes, self.device = shapes, dtype, max_bytes, device
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
         self._leaving: set[Adapter] = set()  # evicted, but still in use
         self._lock = threading.Lock()
@@ -112,7 +113,7 @@ class AdapterRegistry:
         with self._loading:
             if adapter := self.hold(path):  # another request has just loaded it
                 return adapter
-            adapter = load_adapter(path, self.shapes, self.dtype)
+            adapter = load_adapter(path, self.shapes, self.dtype, self.device)
             with self._lock:
                 self._make_room(adapter.num_bytes)
                 self._loaded[path] = adapter
@@ -207,11 +208,11 @@ class Mix:
                     room -= adapter.rank
             self._stack((*present, *idle))
             self._wasteful_steps = 0
-        dtype = next(iter(self.stacked.values()))[0].dtype
+        like = next(iter(self.stacked.values()))[0]
         place = {a: i for i, a in enumerate(self.adapters)}
         owner_R = torch.tensor([i for a, i in place.items() for _ in range(a.rank)])
         owner_T = torch.tensor([place[a] if a is not None else -1 for a in adapters_T])
-        self.mask_TR = (owner_T[:, None] == owner_R[None, :]).to(dtype)
+        self.mask_TR = (owner_T[:, None] == owner_R[None, :]).to(like)
 
     def let_go(self) -> None:
         """Nothing runs: free the memory of evicted adapters."""

@@ -104,7 +104,7 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, Any]:
-        """`waiting` and `running` (sequences), `adapters` (number loaded), `adapter_bytes`, `cache_bytes`."""
+        """`waiting` and `running` (sequences), `adapters` (number loaded), `adapter_bytes`, `cache_bytes`, and what else it counts."""
         ...
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from serve.engine import GenerateRequest, Likeliest
 Scores = tuple[float | None, Likeliest]
 """Log-probability of a token, and the likeliest ones, where they are asked for."""
 
+CPU = torch.device("cpu")
 NOTHING: Scores = (None, ())
 COLDEST = 1e-5
 """Below this temperature the likeliest token is taken: logits divided by less would not be numbers any more."""
@@ -31,6 +32,8 @@ class Choice:
 
     request: GenerateRequest
     vocab_size: int
+    device: torch.device = CPU
+    """Of the logits. Random numbers come from the CPU: a seed means the same everywhere."""
     generator: torch.Generator | None = field(init=False, default=None)
     added_V: torch.Tensor | None = field(init=False, default=None)
     """What bias and penalties add to the logits by now."""
@@ -44,7 +47,7 @@ class Choice:
             else:
                 self.generator.manual_seed(request.seed)
         if request.logit_bias or self._penalised:
-            self.added_V = torch.zeros(self.vocab_size)
+            self.added_V = torch.zeros(self.vocab_size, device=self.device)
             for id, bias in request.logit_bias.items():
                 self.added_V[id] += bias
         self._chosen: set[int] = set()
@@ -74,7 +77,7 @@ def choose(
         if choice.added_V is not None:
             logits_NV[i] += choice.added_V
     for i, allowed_V in (allowed or {}).items():
-        logits_NV[i].masked_fill_(~allowed_V, float("-inf"))
+        logits_NV[i].masked_fill_(~allowed_V.to(logits_NV.device), float("-inf"))
     drawing = [i for i, c in enumerate(choices) if c.generator is not None]
     ids = logits_NV.argmax(-1).tolist() if len(drawing) < len(choices) else [0] * len(choices)
     if drawing:
@@ -93,15 +96,16 @@ def choose(
 
 def draw(logits_MV: torch.Tensor, choices: list[Choice]) -> list[int]:
     """One token for each row, drawn with its own generator."""
-    point_M = torch.stack([torch.rand((), generator=c.generator, dtype=torch.float64) for c in choices])
-    heat_M = torch.tensor([c.request.temperature for c in choices])
+    device = logits_MV.device
+    point_M = torch.stack([torch.rand((), generator=c.generator, dtype=torch.float64) for c in choices]).to(device)
+    heat_M = torch.tensor([c.request.temperature for c in choices], device=device)
     logits_MV = logits_MV / heat_M[:, None]
-    top_p_M = torch.tensor([c.request.top_p for c in choices])
-    top_k_M = torch.tensor([c.request.top_k or logits_MV.shape[-1] for c in choices])
+    top_p_M = torch.tensor([c.request.top_p for c in choices], device=device)
+    top_k_M = torch.tensor([c.request.top_k or logits_MV.shape[-1] for c in choices], device=device)
     narrowed_M = (top_p_M < 1) | (top_k_M < logits_MV.shape[-1])
     if not narrowed_M.any():
         return pick(torch.softmax(logits_MV, -1), point_M).tolist()
-    ids_M = torch.empty(len(choices), dtype=torch.long)
+    ids_M = torch.empty(len(choices), dtype=torch.long, device=device)
     if not narrowed_M.all():
         whole = ~narrowed_M
         ids_M[whole] = pick(torch.softmax(logits_MV[whole], -1), point_M[whole])
@@ -117,12 +121,13 @@ def draw_likely(logits_MV: torch.Tensor, top_k_M: torch.Tensor, top_p_M: torch.T
     """
     total_M1 = logits_MV.logsumexp(-1, keepdim=True)
     num_rows, vocab_size = logits_MV.shape
-    ids_M = torch.empty(num_rows, dtype=torch.long)
-    left = torch.arange(num_rows)
+    device = logits_MV.device
+    ids_M = torch.empty(num_rows, dtype=torch.long, device=device)
+    left = torch.arange(num_rows, device=device)
     for size in dict.fromkeys(min(k, vocab_size) for k in (64, MOST_CANDIDATES, vocab_size)):
         likely_LK, order_LK = logits_MV[left].topk(size, -1) if size < vocab_size else logits_MV[left].sort(-1, descending=True)
         probs_LK = torch.exp(likely_LK - total_M1[left])
-        inside_LK = torch.arange(size) < top_k_M[left, None]
+        inside_LK = torch.arange(size, device=device) < top_k_M[left, None]
         probs_LK = torch.where(inside_LK, probs_LK, 0)
         # A token belongs to the nucleus while those before it have not reached top_p. What top-k cut away counts no more.
         whole_LK = probs_LK.cumsum(-1)
@@ -152,7 +157,7 @@ def pick(probs_MK: torch.Tensor, point_M: torch.Tensor) -> torch.Tensor:
 def score(logits_NV: torch.Tensor, ids: list[int], num_top: list[int]) -> list[Scores]:
     """Log-probability of one token in each row, and of the row's likeliest ones (natural logarithm, fp32)."""
     total_N = logits_NV.logsumexp(-1)
-    own = (logits_NV.gather(-1, torch.tensor(ids)[:, None])[:, 0] - total_N).tolist()
+    own = (logits_NV.gather(-1, torch.tensor(ids, device=logits_NV.device)[:, None])[:, 0] - total_N).tolist()
     most = min(max(num_top, default=0), logits_NV.shape[-1])
     if not most:
         return [(logprob, ()) for logprob in own]

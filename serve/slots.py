@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,42 +21,82 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 ATTENTION = "tuneyard_slots"
+CHUNK = 256
+"""Tokens by which slots grow where memory is short."""
+
+
+def usual_room(device: torch.device) -> int:
+    """Bytes for keys and values: a quarter of a machine's memory, or half of what is free on a GPU (the old ones stay while new ones are
+    copied from them)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 class SlotCache:
-    """Keys and values of the running rows: a slot for each row, all of one capacity, grown by doubling."""
+    """Keys and values of the running rows: a slot for each row, all of one capacity.
 
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+    On a CPU the system gives memory only to pages that are written, so a slot may be far wider than its row. Elsewhere every slot takes its
+    whole width.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, max_bytes: int) -> None:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._shape = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
-        self._dtype = dtype
+        self._dtype, self._device = dtype, device
+        self._is_paged = device.type == "cpu"
+        self._pages: list[mmap.mmap] = []
         self.bytes_per_token = 2 * math.prod(self._shape) * dtype.itemsize
+        self.max_tokens = max(1, max_bytes // self.bytes_per_token // CHUNK) * CHUNK
+        """Of all rows together, each counted in whole chunks."""
         self.reset()
 
     def reset(self) -> None:
         """Forget all rows and give back their memory."""
-        self.num_slots, self.capacity = 8, 256
+        self.num_slots, self.capacity = (8, CHUNK) if self._is_paged else (1, CHUNK)
+        self._pages.clear()
         self.keys_LSKCD, self.values_LSKCD = self._zeros(), self._zeros()
 
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether there is memory for rows of these lengths beside each other."""
+        chunks = list(map(in_chunks, lengths))
+        return (sum(chunks) if self._is_paged else len(chunks) * max(chunks, default=0)) <= self.max_tokens
+
     def reserve(self, num_slots: int, capacity: int, used_slots: int, used_length: int) -> None:
-        """Make room for this many slots of this many tokens; the first `used_length` tokens of the first `used_slots` slots stay."""
+        """Make room for this many slots of this many tokens, which must fit; the first `used_length` tokens of the first `used_slots`
+        slots stay."""
         if num_slots <= self.num_slots and capacity <= self.capacity:
             return
-        self.num_slots, self.capacity = doubled(self.num_slots, num_slots), doubled(self.capacity, capacity)
+        # Twice of what there was, as each growth is a copy; where that is too much, no more than is needed.
+        generous = doubled(self.num_slots, num_slots), doubled(self.capacity, in_chunks(capacity))
+        is_short = not self._is_paged and math.prod(generous) > self.max_tokens
+        self.num_slots, self.capacity = (num_slots, in_chunks(max(capacity, used_length))) if is_short else generous
+        self._pages.clear()
         for name in ("keys_LSKCD", "values_LSKCD"):
             grown, used = self._zeros(), (slice(None), slice(used_slots), slice(None), slice(used_length))
             grown[used] = getattr(self, name)[used]
             setattr(self, name, grown)
+
+    def vacate(self, slot: int) -> None:
+        """A slot's row has left: give back its memory. What is read there before it is written again are zeros."""
+        num_layers, num_heads, head_dim = self._shape
+        size = num_heads * self.capacity * head_dim * self._dtype.itemsize
+        for pages in self._pages:
+            for layer in range(num_layers):
+                start = (layer * self.num_slots + slot) * size
+                first, end = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE  # whole pages only
+                if first < end:
+                    pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot into another."""
         for cache in (self.keys_LSKCD, self.values_LSKCD):
             cache[:, target, :, :length] = cache[:, source, :, :length]
 
-    @property
-    def num_bytes(self) -> int:
-        """What keys and values would take with every slot full; the system gives memory only to what was written."""
-        return self.keys_LSKCD.nbytes + self.values_LSKCD.nbytes
+    def num_bytes(self, lengths: Sequence[int]) -> int:
+        """What is taken while rows of these lengths are in it."""
+        tokens = sum(map(in_chunks, lengths)) if self._is_paged else self.num_slots * self.capacity
+        return tokens * self.bytes_per_token
 
     def copy_out(self, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of the first `length` tokens of a slot, each L x K x length x D, as copies."""
@@ -70,9 +112,17 @@ class SlotCache:
         # the system cost no memory until they are written: a slot may be far wider than its row.
         num_layers, num_heads, head_dim = self._shape
         shape = (num_layers, self.num_slots, num_heads, self.capacity, head_dim)
+        if not self._is_paged:
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
         pages = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_NOHUGEPAGE)
+        self._pages.append(pages)
         return torch.frombuffer(pages, dtype=self._dtype).view(shape)
+
+
+def in_chunks(length: int) -> int:
+    """Rounded up."""
+    return -(-length // CHUNK) * CHUNK
 
 
 def doubled(now: int, needed: int) -> int:
@@ -105,7 +155,7 @@ class Step:
     slot_N: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.slot_N = torch.arange(len(self.position_N))
+        self.slot_N = torch.arange(len(self.position_N), device=self.position_N.device)
 
 
 def attend(
@@ -147,6 +197,6 @@ def attend(
 AttentionInterface.register(ATTENTION, attend)  # no mask function goes with it: the step carries its own masks
 
 
-def causal_mask(start: int, length: int) -> torch.Tensor | None:
+def causal_mask(start: int, length: int, device: torch.device) -> torch.Tensor | None:
     """Which tokens a piece of a prompt sees; None where the plain causal rule or no rule is enough."""
-    return torch.ones(length, start + length, dtype=torch.bool).tril_(start) if start and length > 1 else None
+    return torch.ones(length, start + length, dtype=torch.bool, device=device).tril_(start) if start and length > 1 else None

@@ -29,7 +29,7 @@ from serve.limits import most_tokens
 from serve.packed import packed
 from serve.prefixes import SHORTEST, Prefix, PrefixStore, shared
 from serve.sampling import NOTHING, Choice, Scores, choose, score
-from serve.slots import ATTENTION, Segment, SlotCache, Step, causal_mask
+from serve.slots import ATTENTION, Segment, SlotCache, Step, causal_mask, usual_room
 from serve.text import AnswerText, pieces
 from trainers import model as base_model
 from trainers.chat import Chat
@@ -43,6 +43,8 @@ MAX_OPEN = 1024
 """Sequences running and waiting; further ones are refused."""
 PREFILL_TOKENS = 512
 """Prompt tokens per step: more would make running streams stutter."""
+HEADROOM = 64
+"""Tokens that a row must have memory for beyond those known when it begins, or it would soon have to wait again."""
 SCORED_LOGITS = 16_000_000
 """Logits of prompt tokens that are in memory at a time."""
 STOPPED = Unavailable("The engine was stopped.", "Ask again shortly.")
@@ -79,8 +81,13 @@ class Row:
 
     @property
     def num_unread(self) -> int:
-        """Prompt tokens that are not in the cache yet."""
-        return max(0, len(self.request.prompt_ids) - self.length)
+        """Known tokens that are not in the cache yet; of a decoding row its newest one."""
+        return self.num_ids - self.length
+
+    @property
+    def is_scored(self) -> bool:
+        """Its prompt's log-probabilities are asked for, and not yet told."""
+        return self.request.prompt_logprobs is not None and self.num_ids == len(self.request.prompt_ids)
 
     @property
     def cached_T(self) -> np.ndarray:
@@ -100,22 +107,27 @@ class TransformersEngine:
         self,
         model_dir: Path,
         dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
         max_adapter_bytes: int = 1 << 30,
         max_prefix_bytes: int = 256 << 20,
+        max_cache_bytes: int | None = None,
         num_threads: int | None = None,
     ) -> None:
-        self._model = base_model.load(model_dir, dtype, attn=ATTENTION)
+        """On the first GPU unless `device` says otherwise, or on the CPU where there is none. `max_cache_bytes`: of the running requests'
+        keys and values; where they do not fit, some requests wait."""
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model = base_model.load(model_dir, dtype, self._device, attn=ATTENTION)
         self._chat = Chat.load(model_dir)
         self._pieces = pieces(self._chat)
         self._mix, shapes = make_adaptable(self._model)
         self._head = packed(self._model.get_output_embeddings())  # type: ignore[arg-type]
-        self._cache = SlotCache(self._model.config, dtype)
+        self._cache = SlotCache(self._model.config, dtype, self._device, max_cache_bytes or usual_room(self._device))
         self._prefixes = PrefixStore(max_prefix_bytes)
         self._dtype = dtype
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
-        self.context: int = self._model.config.max_position_embeddings
+        self.context: int = min(self._model.config.max_position_embeddings, self._cache.max_tokens)
         self.vocab_size: int = self._model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        self.adapters = AdapterRegistry(shapes, dtype, max_adapter_bytes)
+        self.adapters = AdapterRegistry(shapes, dtype, max_adapter_bytes, self._device)
         self._grammars = Grammars(self._chat, self.vocab_size)
         self._loader = ThreadPoolExecutor(1, "adapter-loader")
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
@@ -123,6 +135,7 @@ class TransformersEngine:
         self._prefilling: list[Row] = []  # their slots follow; between steps at most one, with a part of its prompt in the cache
         self._waiting: deque[Row] = deque()
         self._num_open = 0
+        self._num_preempted = 0
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -168,13 +181,14 @@ class TransformersEngine:
 
     def stats(self) -> dict[str, Any]:
         with self._wake:
-            waiting = len(self._waiting)
+            waiting, rows = len(self._waiting), [*self._decoding, *self._prefilling]
         return {
             "waiting": waiting,
-            "running": self.num_running,
+            "running": len(rows),
             "adapters": len(self.adapters.loaded()),
             "adapter_bytes": self.adapters.num_bytes,
-            "cache_bytes": self._cache.num_bytes + self._prefixes.num_bytes,
+            "cache_bytes": self._cache.num_bytes([row.length for row in rows]) + self._prefixes.num_bytes,
+            "preempted": self._num_preempted,
         }
 
     def close(self) -> None:
@@ -196,7 +210,7 @@ class TransformersEngine:
             max_tokens=most_tokens(request, self.context, self.vocab_size),
             stop_ids=self._chat.stop_ids if request.stop_ids is None else request.stop_ids,
             text=AnswerText(self._chat.decode, request.stop),
-            choice=Choice(request, self.vocab_size),
+            choice=Choice(request, self.vocab_size, self._device),
             loop=asyncio.get_running_loop(),
         )
 
@@ -255,6 +269,8 @@ class TransformersEngine:
             if any(self._in_common(other.ids_T[: other.num_ids], other, row) >= known + SHORTEST for other in self._prefilling):
                 continue  # its beginning is about to be read for another one: it waits for that
             slot, lengths = self.num_running, [r.length for r in (*self._decoding, *self._prefilling)]
+            if slot and not self._cache.fits([min(len(r.ids_T), r.num_ids + HEADROOM) for r in (*self._decoding, *self._prefilling, row)]):
+                break
             self._cache.reserve(slot + 1, known, slot, max(lengths, default=0))
             if isinstance(source, Prefix):
                 self._cache.copy_in(slot, source.keys_LKTD[:, :, :known], source.values_LKTD[:, :, :known])
@@ -269,7 +285,7 @@ class TransformersEngine:
 
     def _known(self, row: Row) -> tuple[Prefix | int | None, int]:
         """Where the longest beginning of a prompt was read (something kept, or a slot), and its length."""
-        if row.request.prompt_logprobs is not None:
+        if row.is_scored:
             return None, 0  # every token's scores are asked for, so every token is read
         needed_T = row.ids_T[: row.num_ids - 1]  # the last one is read in any case: what follows it is the question
         best: Prefix | int | None
@@ -281,12 +297,13 @@ class TransformersEngine:
 
     @staticmethod
     def _in_common(ids_T: np.ndarray, other: Row, row: Row) -> int:
-        if other.adapter is not row.adapter or row.request.prompt_logprobs is not None:
+        if other.adapter is not row.adapter or row.is_scored:
             return 0
         return shared(ids_T, row.ids_T[: row.num_ids - 1])
 
     def _step(self) -> None:
         """Read one token of each decoding row and some of the prompts, and choose what follows."""
+        self._make_room()
         decoding, prefilling = list(self._decoding), list(self._prefilling)
         if not decoding and not prefilling:
             return
@@ -299,7 +316,7 @@ class TransformersEngine:
         for slot, row in enumerate(prefilling, len(decoding)):
             start, length = row.length, min(budget, row.num_unread)
             budget -= length
-            segments.append(Segment(slot, start, len(ids), length, causal_mask(start, length)))
+            segments.append(Segment(slot, start, len(ids), length, causal_mask(start, length, self._device)))
             ids += row.ids_T[start : start + length].tolist()
             positions += range(start, start + length)
             owners += [row.adapter] * length
@@ -312,10 +329,10 @@ class TransformersEngine:
         for row in decoding:
             row.length += 1
         for row, segment in zip(prefilling, segments, strict=True):
-            if row.request.prompt_logprobs is not None:
+            if row.is_scored:
                 self._score_prompt(row, hidden_TE[segment.first : segment.first + segment.length])
             row.length += segment.length
-        # A prompt that is not read to its end comes last, and its logits mean nothing yet.
+        # A row that is not read to its end comes last, and its logits mean nothing yet.
         self._decoding, self._prefilling = [r for r in rows if not r.num_unread], [r for r in rows if r.num_unread]
         self._advance(self._logits(hidden_TE[last_at[: len(self._decoding)]]))
 
@@ -326,12 +343,13 @@ class TransformersEngine:
             # One long row would make attention read its width for every row: let each row attend alone.
             segments = [Segment(i, p, i, 1) for i, p in enumerate(positions[:num_decoding])] + segments
             lengths = []
-        length_N = torch.tensor(lengths, dtype=torch.long)
-        visible_NW = torch.arange(max(lengths, default=0)) < length_N[:, None]
-        mask = torch.zeros(visible_NW.shape, dtype=self._dtype).masked_fill_(~visible_NW, float("-inf"))
+        length_N = torch.tensor(lengths, dtype=torch.long, device=self._device)
+        visible_NW = torch.arange(max(lengths, default=0), device=self._device) < length_N[:, None]
+        mask = torch.zeros(visible_NW.shape, dtype=self._dtype, device=self._device).masked_fill_(~visible_NW, float("-inf"))
         step = Step(self._cache, length_N - 1, mask[:, None, None], segments)
         decoder: Any = self._model.get_decoder()
-        return decoder(torch.tensor([ids]), position_ids=torch.tensor([positions]), use_cache=False, step=step).last_hidden_state[0]
+        ids_1T, position_ids_1T = torch.tensor([ids], device=self._device), torch.tensor([positions], device=self._device)
+        return decoder(ids_1T, position_ids=position_ids_1T, use_cache=False, step=step).last_hidden_state[0]
 
     def _logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
         """fp32, N x V."""
@@ -353,7 +371,7 @@ class TransformersEngine:
         allowed: dict[int, torch.Tensor] = {}
         broken: dict[Row, UserError] = {}
         for i, row in enumerate(rows):
-            if row.num_ids == len(row.request.prompt_ids) and row.request.prompt_logprobs is not None:
+            if row.is_scored:
                 logprobs, tops = zip(*row.prompt_scores, strict=True)
                 news.append((row, PromptEvent(logprobs, tops)))
             if row.follower and row.max_tokens:
@@ -402,23 +420,51 @@ class TransformersEngine:
             self._leave(row)
         with self._wake:
             gone = [r for r in (*self._prefilling, *self._waiting) if r.cancelled]
-            self._prefilling = [r for r in self._prefilling if not r.cancelled]
+            if any(r.cancelled for r in self._prefilling):  # there is one at most
+                self._prefilling = []
+                self._cache.vacate(len(self._decoding))
             self._waiting = deque(r for r in self._waiting if not r.cancelled)
         for row in gone:
             self._let_go(row)
 
+    def _make_room(self) -> None:
+        """Let the last rows wait until the others have memory for their next tokens. One alone has: the context is no longer."""
+        while len(rows := [*self._decoding, *self._prefilling]) > 1:
+            budget, lengths = PREFILL_TOKENS, [row.length + 1 for row in self._decoding]
+            for row in self._prefilling:
+                lengths.append(row.length + min(budget, row.num_unread))
+                budget -= lengths[-1] - row.length
+            if self._cache.fits(lengths):
+                return
+            row, slot = rows[-1], len(rows) - 1
+            self._remember(row, slot)
+            (self._prefilling or self._decoding).pop()
+            self._cache.vacate(slot)
+            row.length, row.prompt_scores = 0, [NOTHING] if row.is_scored else row.prompt_scores
+            self._num_preempted += 1
+            with self._wake:
+                self._waiting.appendleft(row)
+
+    def _remember(self, row: Row, slot: int) -> None:
+        if self._prefixes.wants(row.reader, row.cached_T, self._cache.bytes_per_token):
+            self._prefixes.keep(Prefix(row.reader, row.cached_T.copy(), *self._cache.copy_out(slot, row.length)))
+
     def _leave(self, row: Row) -> None:
         """Take a decoding row out; the last ones move up so that slots stay without gaps."""
         slot, last = self._decoding.index(row), len(self._decoding) - 1
-        if self._prefixes.wants(row.reader, row.cached_T, self._cache.bytes_per_token):
-            self._prefixes.keep(Prefix(row.reader, row.cached_T.copy(), *self._cache.copy_out(slot, row.length)))
+        self._remember(row, slot)
+        self._cache.vacate(slot)
         moved = self._decoding.pop()
         if slot != last:
             self._decoding[slot] = moved
-            self._cache.move(last, slot, moved.length)
+            self._move(last, slot, moved)
         for row_after in self._prefilling:
-            self._cache.move(last + 1, last, row_after.length)
+            self._move(last + 1, last, row_after)
         self._let_go(row)
+
+    def _move(self, source: int, target: int, row: Row) -> None:
+        self._cache.move(source, target, row.length)
+        self._cache.vacate(source)
 
     def _let_go(self, row: Row) -> None:
         if row.adapter:

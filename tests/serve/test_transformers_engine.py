@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from serve.engine import GenerateRequest, PromptEvent, TokenEvent
+from serve.slots import SlotCache
 from serve.transformers_engine import MAX_ROWS, PREFILL_TOKENS, TransformersEngine
 from trainers.chat import Chat
 from trainers.errors import ModelError, Unavailable, UserError
@@ -299,12 +301,13 @@ def test_log_probabilities_of_answers(engine: TransformersEngine, reference: Any
     assert ids_of(answers[3]) == ids_of(answers[4]) and all(e.logprob is None and e.top == () for e in answers[4])
 
 
-def everything(engine: TransformersEngine, *requests: GenerateRequest) -> list[list[Any]]:
-    async def one(request: GenerateRequest) -> list[Any]:
-        return [event async for event in engine.generate(request)]
+async def collect_all(engine: TransformersEngine, request: GenerateRequest) -> list[Any]:
+    return [event async for event in engine.generate(request)]
 
+
+def everything(engine: TransformersEngine, *requests: GenerateRequest) -> list[list[Any]]:
     async def main() -> list[list[Any]]:
-        return await asyncio.gather(*(one(r) for r in requests))
+        return await asyncio.gather(*(collect_all(engine, r) for r in requests))
 
     return asyncio.run(main())
 
@@ -391,6 +394,73 @@ def test_what_is_kept_is_bounded(tiny: Path, reference: Any) -> None:
     kept = engine._prefixes
     assert kept.num_bytes == sum(p.num_bytes for p in kept._kept.values()) and len(kept._kept) >= 1
     engine.close()
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_rows_that_do_not_fit_wait_and_go_on(tiny: Path, adapters: list[str], paged: bool) -> None:
+    # In double precision: over hundreds of tokens, adapters this strong make much of how fp32 rounds in one batch or another.
+    roomy = TransformersEngine(tiny, dtype=torch.float64, num_threads=1)
+    small = TransformersEngine(tiny, dtype=torch.float64, num_threads=1, max_cache_bytes=roomy._cache.bytes_per_token * 1100)
+    small._cache._is_paged = paged  # the other way is that of GPUs
+    small._cache.reset()
+    assert small.context == roomy.context == 512 and small._cache.max_tokens == 1024
+    requests = [
+        GenerateRequest(
+            prompt_ids=prompt(20 + 31 * (i % 7), seed=i),
+            adapter=(None, *adapters)[i % 4],
+            temperature=float(i % 3 > 0),
+            seed=i,
+            max_tokens=(250, 300)[i % 2],
+            stop_ids=frozenset(),
+            logprobs=1,
+            prompt_logprobs=(None, 1)[i % 5 == 0],
+        )
+        for i in range(10)
+    ]
+    most = 0
+
+    async def main() -> list[list[Any]]:
+        nonlocal most
+        asked = [asyncio.create_task(collect_all(small, r)) for r in requests]
+        while not all(task.done() for task in asked):
+            most = max(most, small.stats()["cache_bytes"] - small._prefixes.num_bytes)
+            await asyncio.sleep(0.002)
+        return [task.result() for task in asked]
+
+    told = asyncio.run(main())
+    assert 0 < most <= 1024 * small._cache.bytes_per_token
+    assert small.stats()["preempted"] > 0
+    for ours, alone in zip(told, everything(roomy, *requests), strict=True):
+        assert [type(e) for e in ours] == [type(e) for e in alone]
+        assert [getattr(e, "id", None) for e in ours] == [getattr(e, "id", None) for e in alone]
+        for a, b in zip(ours, alone, strict=True):
+            if isinstance(a, PromptEvent):
+                assert a.logprobs[1:] == pytest.approx(b.logprobs[1:], abs=1e-5)
+            else:
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-5) and a.finish_reason == b.finish_reason
+    small.close()
+    roomy.close()
+
+
+def test_a_row_that_leaves_gives_its_memory_back(tiny: Path) -> None:
+    cache = SlotCache(AutoConfig.from_pretrained(tiny), torch.float32, torch.device("cpu"), 1 << 30)
+    cache.reserve(4, 20_000, 0, 0)
+    for tensor in (cache.keys_LSKCD, cache.values_LSKCD):
+        tensor.fill_(1.0)
+    before = resident()
+    cache.vacate(2)
+    freed = (cache.keys_LSKCD.nbytes + cache.values_LSKCD.nbytes) / cache.num_slots
+    assert before - resident() > 0.9 * freed > 5e6
+    for tensor in (cache.keys_LSKCD, cache.values_LSKCD):
+        assert not tensor[:, 2].any() and tensor[:, [0, 1, 3]].all()
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------------
