@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,9 +18,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from service import ratecommands
+from service.report import when
 from service.settings import Settings, make_home
 from trainers.errors import TuneyardError, UserError
-from trainers.records import DataReport, EvaluationRecord
+from trainers.records import DataReport, EvaluationRecord, StepRecord
 from trainers.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -316,55 +316,45 @@ def list_jobs(home: HomeOption = None, limit: Annotated[int, typer.Option(min=1,
     for name in ("job", "status", "base", "created", "model"):
         table.add_column(name, overflow="fold")  # an id must be whole to be of use
     for job in jobs:
-        table.add_row(
-            job["id"], job["status"], job["model"], _when(job["created_at"]), job["fine_tuned_model"] or job["queue_reason"] or ""
-        )
+        table.add_row(job["id"], job["status"], job["model"], when(job["created_at"]), job["fine_tuned_model"] or job["queue_reason"] or "")
     out.print(table)
 
 
 @app.command()
-def show(job: JobId, home: HomeOption = None, as_json: JsonOption = False) -> None:
+def show(
+    job: JobId,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write a page of it: FILE.html.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """One job: what it is and what it does now."""
+    from service import evaluationreport, jobpage
+
     client = _client(home)
     wire, detail = client.get(f"/fine_tuning/jobs/{job}"), client.get(f"/tuneyard/jobs/{job}")
+    facts, evaluation = jobpage.facts(wire, detail, _data_line(client, job)), _evaluation(client, job)
+    if output:
+        steps = [StepRecord.model_validate(step) for step in client.get(f"/tuneyard/jobs/{job}/metrics")["data"]]
+        _write(output, jobpage.page(facts, steps, client.events(job, set()), evaluation))
     if as_json:
         _print_json(wire | {"tuneyard": detail})
         return
     table = Table(box=None, show_header=False)
-    rows = {
-        "job": wire["id"],
-        "status": wire["status"],
-        "base": wire["model"],
-        "model": wire["fine_tuned_model"],
-        "waits for": detail["queue_reason"],
-        "stage": detail["stage"],
-        "attempt": detail["attempt"],
-        "created": _when(wire["created_at"]),
-        "finished": _when(wire["finished_at"]),
-        "trained tokens": wire["trained_tokens"],
-        "hyperparameters": ", ".join(f"{k} {v}" for k, v in wire["hyperparameters"].items()),
-        "data": _data_line(client, job),
-        "error": (wire["error"] or {}).get("message"),
-        "files": detail["run_dir"],
-    }
-    for name, value in rows.items():
-        if value not in (None, ""):
-            table.add_row(name, _plain(str(value)))
-    for line in _evaluation_lines(client, job):
+    for name, value in facts.items():
+        table.add_row(name, _plain(value))
+    for line in evaluationreport.lines(evaluation) if evaluation else []:
         table.add_row("evaluation", _plain(line))
     out.print(table)
 
 
-def _evaluation_lines(client: Client, job: str) -> list[str]:
-    """What the job's evaluation found, a line a part, once there is one."""
+def _evaluation(client: Client, job: str) -> EvaluationRecord | None:
+    """What the job's evaluation found, once there is one."""
     import openai
 
-    from service import evaluationreport
-
     try:
-        return evaluationreport.lines(EvaluationRecord.model_validate(client.get(f"/tuneyard/jobs/{job}/evaluation")))
+        return EvaluationRecord.model_validate(client.get(f"/tuneyard/jobs/{job}/evaluation"))
     except openai.NotFoundError:
-        return []
+        return None
 
 
 def _data_line(client: Client, job: str) -> str | None:
@@ -677,10 +667,6 @@ def _print_event(event: Json, as_json: bool) -> None:
     out.print(
         f"{time.strftime('%H:%M:%S', time.localtime(event['created_at']))}  [{style}]{_plain(event['message'])}[/{style}]", soft_wrap=True
     )
-
-
-def _when(seconds: int | None) -> str:
-    return "" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ALPHA = 0.05
 
 
 def lines(record: EvaluationRecord) -> list[str]:
-    """What came out, one sentence a part: rows in the job's page."""
+    """What came out, one sentence a part."""
     told = []
     for task in record.tasks:
         base, tuned = task.base[task.metric], task.tuned[task.metric]
@@ -34,6 +34,44 @@ def lines(record: EvaluationRecord) -> list[str]:
         for row in record.benchmarks
     ]
     return told
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of both models, as text."""
+
+    name: str
+    metric: str
+    base: str
+    tuned: str
+    difference: str
+    """Tuned minus base."""
+    interval: str = ""
+    verdict: str = "same"
+    """`better`, `worse` or `same`, as far as chance allows to say."""
+
+
+def rows(record: EvaluationRecord) -> list[Row]:
+    """What came out, a row a number: each task's deciding one, the loss, the judge, every benchmark."""
+    found = []
+    for task in record.tasks:
+        base, tuned = task.base[task.metric], task.tuned[task.metric]
+        change = task.differences.get(task.metric)
+        beyond = f"{change.low:+.1%} to {change.high:+.1%}, p {p_text(change.p)}" if change else ""
+        name = report.NAMES.get(task.metric, task.metric)
+        found.append(Row(task.name, name, f"{base:.1%}", f"{tuned:.1%}", f"{tuned - base:+.1%}", beyond, verdict_of(change)))
+    if loss := record.loss:
+        low, high = loss.difference or (0.0, 0.0)
+        beyond = f"{low:+.4f} to {high:+.4f}" if loss.difference else "counted in different tokens"
+        verdict = "better" if high < 0 else "worse" if low > 0 else "same"
+        apart = f"{loss.tuned - loss.base:+.4f}"
+        found.append(Row("Held-out answers", "Loss", f"{loss.base:.4f}", f"{loss.tuned:.4f}", apart, beyond, verdict))
+    if (judge := record.judge) and judge.win_rate is not None and judge.win_rate_interval:
+        low, high = judge.win_rate_interval
+        verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "same"
+        found.append(Row(f"Judge {judge.model}", "Win rate", "", f"{judge.win_rate:.0%}", "", f"{low:.0%} to {high:.0%}", verdict))
+    found += [Row(b.task, b.metric, f"{b.base:.4g}", f"{b.tuned:.4g}", f"{b.tuned - b.base:+.4g}") for b in record.benchmarks]
+    return found
 
 
 def said(change: Difference) -> str:

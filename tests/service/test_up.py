@@ -57,7 +57,9 @@ def test_a_day_with_the_service(tuneyard: Tuneyard, tmp_path: Path) -> None:
     assert job["status"] == "succeeded" and job["fine_tuned_model"] in tuneyard("models")
     shown = json.loads(tuneyard("show", job["id"], "--json"))
     assert shown["tuneyard"]["stage"] == "train" and shown["trained_tokens"] == 30
-    assert job["id"] in tuneyard("show", job["id"]) and job["id"] in tuneyard("list")
+    assert job["id"] in tuneyard("show", job["id"], "-o", str(tmp_path / "job.html")) and job["id"] in tuneyard("list")
+    page = (tmp_path / "job.html").read_text()
+    assert job["fine_tuned_model"] in page and "<polyline" in page and "Fine-tuning job started." in page
     assert [json.loads(line)["type"] for line in tuneyard("events", job["id"], "--json").splitlines()].count("metrics") == 3
     assert "at work" in tuneyard("logs", job["id"])
     assert "already succeeded" in tuneyard("cancel", job["id"], code=1)
