@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,20 +132,10 @@ def direct(tiny: Path, adapters: list[str], tmp_path_factory: pytest.TempPathFac
 @contextmanager
 def over_http(app: Any) -> Iterator[str]:
     """Serve an ASGI app on a free port; its URL."""
-    import uvicorn
+    from tests.service.servicekit import serving
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:  # else it could be told to exit before it has begun, and would never
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serving(app) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, wait_s: float = 240) -> None:

@@ -1,4 +1,5 @@
-"""The engine on a device that is not the CPU: every tensor is where it belongs, and the answers are the CPU's."""
+"""The engine on a device that is not the CPU (simulated, and a GPU where there is one): every tensor is where it belongs, the answers are
+the CPU's."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def test_the_device_refuses_what_gpus_refuse() -> None:
                 misplaced()
 
 
-def test_an_engine_on_a_device(tiny: Path, adapters: list[str], movable: None) -> None:
+@pytest.mark.parametrize("device", [DEVICE, *([torch.device("cuda")] if torch.cuda.is_available() else [])], ids=str)
+def test_an_engine_on_a_device(tiny: Path, adapters: list[str], movable: None, device: torch.device) -> None:
     fields: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.0, "logprobs": 3},
@@ -56,11 +58,11 @@ def test_an_engine_on_a_device(tiny: Path, adapters: list[str], movable: None) -
         for i, more in enumerate(fields)
     ]
     told = []
-    for device in ("cpu", DEVICE):
-        engine = TransformersEngine(tiny, dtype=torch.float32, device=device, num_threads=1)
+    for place in (torch.device("cpu"), device):
+        engine = TransformersEngine(tiny, dtype=torch.float32, device=place, num_threads=1)
         told.append(everything(engine, *requests) + everything(engine, *requests[:3]))
         engine.close()
-    assert all(isinstance(p, Held) for p in engine._model.parameters())
+    assert {p.device.type for p in engine._model.parameters()} == {device.type}
     for a, b in zip(*told, strict=True):
         assert [said(e) for e in a] == [said(e) for e in b]
         assert [p for e in a for p in logprobs(e)] == pytest.approx([p for e in b for p in logprobs(e)], abs=1e-5)
