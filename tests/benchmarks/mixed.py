@@ -3,9 +3,9 @@
     python -m tests.benchmarks.mixed [--minutes 30] [--output RESULT.json]
 
 Twelve clients, each asking one thing after the other: streams, streams that are left in the middle, whole answers, several answers, forms,
-echoed prompts, slow readers, unknown models, wrong keys, prompts beyond the context, bodies of 10 MB, numbers that are none. Anything but
-the status that belongs to a question, or a 503 that says when to come again, is a fault; the exit status is 1 then, or where gateway or
-replica hold a tenth more memory in the last third than in the middle one.
+echoed prompts, prompts of thousands of tokens, slow readers, unknown models, wrong keys, prompts beyond the context, bodies of 10 MB,
+numbers that are none. Anything but the status that belongs to a question, or a 503 that says when to come again, is a fault; the exit
+status is 1 then, or where gateway or replica hold a tenth more memory in the last third than in the middle one.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Load:
             "logprobs": (2, lambda: self.post(self.chat(max_tokens=8, logprobs=True, top_logprobs=5)), {200}),
             "echo": (2, self.echo, {200}),
             "slow": (1, self.slow, {200}),
+            "long": (1, self.long, {200}),
             "models": (2, self.models, {200}),
             "unknown": (2, lambda: self.post(self.chat(model="gpt-9")), {404}),
             "no_key": (1, self.no_key, {401}),
@@ -111,6 +112,11 @@ class Load:
 
     async def slow(self) -> int:
         return await self.stream(pause_s=0.3)
+
+    async def long(self) -> int:
+        """A prompt of some thousand tokens, which no other begins like."""
+        count = self.random.randrange(1_000, 7_000)
+        return await self.post(self.chat(content=f"{self.random.random()} " + "word " * count, max_tokens=8))
 
     async def echo(self) -> int:
         return await self.post(
