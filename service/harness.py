@@ -32,7 +32,9 @@ HUB_WAIT_S = 5.0
 
 _BAR = re.compile(r"Requesting API: .*?(\d+)/(\d+) ")
 _REFUSED = re.compile(r"Response text: (\{.*\})\. Retrying")
-_RAISED = re.compile(r"(?!RuntimeError: Session is closed)[\w.]*(?:Error|Exception): ")  # that one only follows from the others
+_RAISED = re.compile(r"(?!.*(?:Session|Connector) is closed)[\w.]*(?:Error|Exception): ")  # those only follow from others
+_REFUSAL = "ClientResponseError"
+"""What the harness raises for good where the service refused, whatever its other requests raise after it."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,13 @@ def _listen(command: list[str], folder: Path, environment: dict[str, str], show:
                 elif told := _REFUSED.search(line):
                     refused = _message(told[1])
                 elif _RAISED.match(line):
-                    raised = line.strip()
+                    raised = raised if _REFUSAL in raised else line.strip()
                 elif line.strip() and "%|" not in line:  # no other bar
                     last = line.strip()
         except BaseException:
             process.kill()  # else it goes on asking; where we are killed ourselves, it soon ends as nobody reads what it says
             raise
-    return _Done(process.returncode, refused if refused and "ClientResponseError" in raised else raised or last, cut)
+    return _Done(process.returncode, refused if refused and _REFUSAL in raised else raised or last, cut)
 
 
 def _message(body: str) -> str:

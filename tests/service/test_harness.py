@@ -226,6 +226,26 @@ def test_whoever_stops_it_stops_the_harness(tmp_path: Path) -> None:
         os.kill(at[0], 0)
 
 
+def test_the_cause_is_what_came_first(tmp_path: Path) -> None:
+    """A stand-in that says what the harness has been seen to say: requests that fail since another one was refused."""
+    said = [
+        """WARNING [x] API request failed! Status code: 400, Response text: {"error": {"message": "Too long."}}. Retrying...""",
+        "aiohttp.client_exceptions.ClientResponseError: 400, message='Bad Request', url='http://x'",
+        "RuntimeError: Session is closed",
+        "aiohttp.client_exceptions.ClientConnectionError: Connector is closed",
+        "aiohttp.client_exceptions.ServerDisconnectedError: Server disconnected",
+    ]
+    for lines, cause in (
+        (said, "Too long."),
+        (said[2:], said[-1]),
+        ([*said[:1], "ValueError: x"], "ValueError: x"),
+        ([], "it said nothing"),
+    ):
+        code = f"import sys; sys.stderr.write({''.join(line + chr(10) for line in lines)!r}); sys.exit(1)"
+        done = _listen([sys.executable, "-c", code], tmp_path, dict(os.environ), unseen)
+        assert (done.code, done.cause) == (1, cause)
+
+
 def test_rows_and_their_report() -> None:
     """What was asked for first, then its groups, then their parts, what was forgotten most first; a terminal shows only those of them."""
     subjects = {f"m_{i}": (0.5, 0.5 - i / 100) for i in range(12)}
