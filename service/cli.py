@@ -557,12 +557,13 @@ def evaluate(
                 kept = Settings.load(home=home).home / "judged" / created["id"]
                 answers.judge_by(Judge(url=judge[0], model=judge[1], cases=judge_cases), record, kept, show)
     if benchmark:
-        from service.harness import run_benchmarks
-        from trainers.catalogue import find
+        from service.harness import Asked, run_benchmarks
 
-        tokenizer = Settings.load(home=home).models / find(created["base"]).id
+        models = Settings.load(home=home).models
+        base, tuned = (Asked(name, models / evaluatecommand.base_of(client, name)) for name in (record.base, record.tuned))
         key, url = str(client.openai.api_key), str(client.openai.base_url)
-        record.benchmarks = run_benchmarks(url, key, tokenizer, benchmark, record.base, record.tuned, err.print, benchmark_limit)
+        with _asking("benchmarks") as show:
+            record.benchmarks = run_benchmarks(url, key, base, tuned, benchmark, err.print, show, benchmark_limit)
     told = {"id": created["id"], **record.model_dump(mode="json")}
     for path in output or []:
         _write(path, evaluationreport.page(record) if path.suffix == ".html" else json.dumps(told, indent=2) + "\n")

@@ -90,6 +90,12 @@ def follow(client: Client, id: str, show: Show, poll_s: float = 0.5) -> Evaluati
         time.sleep(poll_s)
 
 
+def base_of(client: Client, model: str) -> str:
+    """Catalogue id of the base that a model was tuned from, or that it is."""
+    told = client.get(f"/models/{model}")["tuneyard"]
+    return told.get("base") or told.get("alias_of") or model
+
+
 class Answers:
     """Every case of an evaluation with both models' answers."""
 

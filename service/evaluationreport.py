@@ -12,9 +12,11 @@ from rich.text import Text
 
 from service import report
 from service.datareport import pages, visible
-from trainers.records import Difference, EvaluationRecord, Fault, JudgeResult, LossResult, Pair, TaskResult
+from trainers.records import BenchmarkResult, Difference, EvaluationRecord, Fault, JudgeResult, LossResult, Pair, TaskResult
 
 ALPHA = 0.05
+MOST_PARTS = 10
+"""Parts of a benchmark's groups that a terminal shows, those forgotten most; MMLU has 57."""
 
 
 def lines(record: EvaluationRecord) -> list[str]:
@@ -32,6 +34,7 @@ def lines(record: EvaluationRecord) -> list[str]:
     told += [
         f"{row.task}: {row.metric} base {row.base:.4g}, tuned {row.tuned:.4g} (tuned minus base {row.tuned - row.base:+.4g})."
         for row in record.benchmarks
+        if row.group is None
     ]
     return told
 
@@ -129,11 +132,23 @@ def renderable(record: EvaluationRecord) -> RenderableType:
 
 def _benchmarks(record: EvaluationRecord) -> RenderableType:
     table = Table(title="Benchmarks (lm-evaluation-harness); tuned minus base below zero is what was forgotten", title_justify="left")
-    for name in ("task", "metric", "base", "tuned", "difference"):
+    for name in ("task", "metric", "base", "tuned", "difference", "standard error"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    groups = {row.group for row in record.benchmarks}
+    parts = [row for row in record.benchmarks if row.group is not None and row.task not in groups]
+    left_out = sorted(parts, key=lambda row: row.tuned - row.base)[MOST_PARTS:]
     for row in record.benchmarks:
-        table.add_row(visible(row.task), row.metric, f"{row.base:.4g}", f"{row.tuned:.4g}", f"{row.tuned - row.base:+.4g}")
+        if row not in left_out:
+            task = visible(row.task) if row.group is None else f"  {visible(row.task)}"
+            table.add_row(task, row.metric, f"{row.base:.4g}", f"{row.tuned:.4g}", f"{row.tuned - row.base:+.4g}", error_text(row))
+    if left_out:
+        table.caption = f"{len(left_out)} parts that were forgotten less are left out; --json, and --output FILE.html, have them all."
     return table
+
+
+def error_text(row: BenchmarkResult) -> str:
+    """Standard error of the difference, as if the two models had answered different questions; it is less, as they answer the same."""
+    return "" if row.base_error is None or row.tuned_error is None else f"{math.hypot(row.base_error, row.tuned_error):.2g}"
 
 
 def _told(task: TaskResult) -> list[RenderableType]:
@@ -192,6 +207,7 @@ def page(record: EvaluationRecord) -> str:
         perplexity=perplexity,
         names=report.NAMES,
         faults=_all_faults(record),
+        error_text=error_text,
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def find_any(name: str) -> Base:
             id=folder.name.lower(),
             folder=str(folder),
             licence="unknown",
-            context=_context(folder),
+            context=context_of(folder),
             learning_rate=RATES,
             batch_size=16,
         )
@@ -90,6 +90,7 @@ def find_any(name: str) -> Base:
     return find(name)
 
 
-def _context(folder: Path) -> int:
+def context_of(folder: Path) -> int:
+    """Longest sequence, in tokens, of the model in a Hugging Face folder."""
     config = yaml.safe_load((folder / "config.json").read_text(encoding="utf-8"))
     return int(config.get("max_position_embeddings", 2048))

@@ -393,6 +393,8 @@ class BenchmarkResult(BaseModel):
     """A task of lm-evaluation-harness on both models."""
 
     task: str
+    group: str | None = None
+    """The group of tasks that it is a part of (`mmlu_stem`); None for what was asked for."""
     metric: str
     """As the harness names it, for example `acc,none`."""
     base: float

@@ -144,7 +144,6 @@ def to_wire(settings: Settings, row: Evaluation) -> dict[str, Any]:
         "status": row.status,
         "model": row.model,
         "against": row.against,
-        "base": Path(row.order["base"]["folder"]).name,
         "tasks": [task["name"] for task in row.order["tasks"]],
         "progress": progress.data if progress else None,
         "error": row.error,

@@ -80,6 +80,19 @@ def tuned(service: Service, client: OpenAI) -> str:
     return name
 
 
+LIKELY = """
+task: likely
+dataset_path: json
+dataset_kwargs: {data_files: {test: likely.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{begin}}"
+doc_to_target: "{{end}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+
+
 def rows(count: int = 6) -> bytes:
     questions = ("the quick", "lazy dog", "brown fox")
     made = [{"prompt": f"{questions[i % 3]} {i}", "completion": "jumps", "kind": "even" if i % 2 == 0 else "odd"} for i in range(count)]
@@ -157,9 +170,16 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     assert "letters by own_metric:short" in (tmp_path / "report.html").read_text()
     assert f"`tuneyard eval {told['id']}` comes back to it" in " ".join(done.stderr.split())
     again = [*tuneyard, "eval", told["id"], "--home", str(tmp_path)]
-    done = subprocess.run([*again, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    (tmp_path / "likely.jsonl").write_text(json.dumps({"begin": "the quick brown", "end": " fox"}) + "\n")
+    (tmp_path / "likely.yaml").write_text(LIKELY)
+    here = {**environment, "TUNEYARD_MODELS": str(live.settings.models)}  # where the tokenizers of both models are
+    command = [*again, "--json", "--benchmark", "likely.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["tasks"] == told["tasks"][:1]
+    (benchmark,) = json.loads(done.stdout)["benchmarks"]
+    assert (benchmark["task"], benchmark["metric"]) == ("likely", "perplexity,none") and benchmark["base"] != benchmark["tuned"]
+    assert f"likely.yaml: asking {BASE}" in done.stderr and f"likely.yaml: asking {model}" in done.stderr
     wrong = [*again, "--metric", "regex"]
     done = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 2 and "already takes only" in done.stderr

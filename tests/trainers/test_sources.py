@@ -10,20 +10,18 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.hub import COMMIT, hub
 from trainers import places
 from trainers.errors import DataError, RowError, Unavailable
 from trainers.sources import Chunk, conversations, inspect, read
@@ -354,43 +352,9 @@ def test_a_place_that_does_not_answer_may_be_tried_again() -> None:
 
 
 HUB_FILES = {"train.jsonl": jsonl([as_alpaca(*pair) for pair in Q_AND_A]), "test.jsonl": jsonl([as_alpaca("q", "a")])}
-COMMIT = "c" * 40
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub's HTTP as the `datasets` library asks for: one public dataset, `org/name`."""
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        infos = [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in HUB_FILES.items()]
-        name = path.rsplit("/", 1)[-1]
-        if path.startswith(f"/datasets/org/name/resolve/{COMMIT}/") and name in HUB_FILES:
-            self._send(200, HUB_FILES[name], ETag=f'"{hashlib.sha1(HUB_FILES[name]).hexdigest()}"', X_Repo_Commit=COMMIT)
-        elif path in ("/api/datasets/org/name", f"/api/datasets/org/name/revision/{COMMIT}"):
-            siblings = [{"rfilename": name} for name in HUB_FILES]
-            self._send(200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
-        elif path == f"/api/datasets/org/name/tree/{COMMIT}":
-            self._send(200, json.dumps(infos).encode())
-        else:
-            self._send(404, b"{}", X_Error_Code="EntryNotFound" if "org/name" in path else "RepoNotFound")
-
-    do_HEAD = do_GET
-
-    def _send(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content_Length": str(len(body))}.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
 
 def test_hugging_face_datasets(tmp_path: Path) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """
 import json, sys
 from trainers.errors import TuneyardError
@@ -405,20 +369,19 @@ for more in ({}, {"split": "test"}, {"split": "dev"}, {"subset": "x"}, {"path": 
         told.append([type(error).__name__, error.message])
 print(json.dumps(told))
 """
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "hf"),
-        "TUNEYARD_DATASETS": str(tmp_path / "cache"),
-    }
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    server.shutdown()
-    server.server_close()
+    with hub({"org/name": HUB_FILES}) as url:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "hf"),
+            "TUNEYARD_DATASETS": str(tmp_path / "cache"),
+        }
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     train, test, no_split, no_subset, no_dataset = json.loads(done.stdout)
-    url = f"hf://org/name@{COMMIT}"
-    assert train == [url, *([f"name:row {i}", as_messages(*pair)["messages"]] for i, pair in enumerate(Q_AND_A, 1))]
-    assert test == [url, ["name:row 1", as_messages("q", "a")["messages"]]]
+    place = f"hf://org/name@{COMMIT}"
+    assert train == [place, *([f"name:row {i}", as_messages(*pair)["messages"]] for i, pair in enumerate(Q_AND_A, 1))]
+    assert test == [place, ["name:row 1", as_messages("q", "a")["messages"]]]
     assert no_split[0] == "DataError" and 'Unknown split "dev"' in no_split[1]
     assert no_subset[0] == "DataError" and "'x' not found" in no_subset[1]
     assert no_dataset[0] == "DataError" and "hf://org/none cannot be read" in no_dataset[1]
