@@ -55,7 +55,7 @@ class Row:
 
 
 def rows(record: EvaluationRecord) -> list[Row]:
-    """What came out, a row a number: each task's deciding one, the loss, the judge, every benchmark."""
+    """What came out, a row a number: each task's deciding one, the loss, the judge, each benchmark as a whole."""
     found = []
     for task in record.tasks:
         base, tuned = task.base[task.metric], task.tuned[task.metric]
@@ -73,7 +73,9 @@ def rows(record: EvaluationRecord) -> list[Row]:
         low, high = judge.win_rate_interval
         verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "same"
         found.append(Row(f"Judge {judge.model}", "Win rate", "", f"{judge.win_rate:.0%}", "", f"{low:.0%} to {high:.0%}", verdict))
-    found += [Row(b.task, b.metric, f"{b.base:.4g}", f"{b.tuned:.4g}", f"{b.tuned - b.base:+.4g}") for b in record.benchmarks]
+    found += [
+        Row(b.task, b.metric, f"{b.base:.4g}", f"{b.tuned:.4g}", f"{b.tuned - b.base:+.4g}") for b in record.benchmarks if b.group is None
+    ]
     return found
 
 
