@@ -38,10 +38,10 @@ _LONGEST = 12_000  # characters of one text that are shown to the judge
 UNSUPPORTED = "States facts that neither the request nor the reference supports (told by the judge)."
 
 
-def peer_of(judge: Judge, endpoint: Endpoint) -> Peer:
-    """Where the judge answers: its own endpoint, with the key of the environment, or the app of the base model."""
+def peer_of(judge: Judge, endpoint: Endpoint, judging: Model | None = None) -> Peer:
+    """Where the judge answers: its own endpoint, with the key of the environment; else `judging`, or the app of the base model."""
     if judge.url is None:
-        return Peer.of(endpoint, Model(judge.model))
+        return Peer.of(endpoint, judging or Model(judge.model))
     if not judge.url.startswith(("http://", "https://")):
         raise UserError(f"The judge's URL is `{judge.url}`.", "Give a base URL such as https://host/v1.", "evaluate.judge.url")
     key = os.environ.get(KEY) or None

@@ -519,7 +519,7 @@ def evaluate(
     judge: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            metavar="URL MODEL", help="Let a model rate the answers; its key is TUNEYARD_JUDGE_KEY. URL `here`: a base of the service."
+            metavar="URL MODEL", help="Let a model rate the answers; its key is TUNEYARD_JUDGE_KEY. URL `here`: a model of the service."
         ),
     ] = None,
     judge_cases: Annotated[int, typer.Option(min=1, help="Cases of each task that are judged.")] = 100,

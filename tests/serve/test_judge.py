@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from serve import stats
-from serve.asking import Asker, Endpoint
+from serve.asking import Asker, Endpoint, Model
 from serve.faults import Said
 from serve.judge import KEY, TRIES, Pair, conclude, judge, peer_of, spread
 from serve.tasks import Case
@@ -161,6 +161,8 @@ def test_only_http_addresses_are_judges() -> None:
 def test_without_an_address_the_app_of_the_base_judges() -> None:
     peer = peer_of(Judge(model="base"), Endpoint("http://app", "token"))
     assert (peer.url, peer.headers["authorization"], peer.headers["x-tuneyard-model"]) == ("http://app", "Bearer token", "base")
+    judging = peer_of(Judge(model="umpire"), Endpoint("http://app", "token"), Model("umpire", url="http://umpire"))
+    assert (judging.url, judging.headers["x-tuneyard-model"]) == ("http://umpire", "umpire")
 
 
 def test_missing_verdicts_are_left_out() -> None:

@@ -21,9 +21,11 @@ from cluster import local
 from service import evaluations
 from service.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
 from service.link import Link
+from service.order import EvaluationOrder
 from service.runner import Runner
 from service.store import Job, new_id
 from tests.serve.conftest import make_adapter
+from trainers.catalogue import catalogue
 from trainers.records import EvaluationRecord, Lease, ModelRecord, OutcomeRecord, RunDir
 from trainers.spec import JobSpec
 
@@ -230,6 +232,26 @@ def test_a_judge_elsewhere_is_the_owners_to_grant(tmp_path: Path) -> None:
         job = {"evaluate": {"judge": {"model": "m", "url": "http://elsewhere/v1"}}}
         with pytest.raises(openai.BadRequestError, match="no judge"):
             client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body={"job": job})
+
+
+def test_a_judge_here_is_the_model_that_was_named(service: Service) -> None:
+    client = service.client()
+    file = client.files.create(file=("x.jsonl", rows()), purpose="fine-tune").id
+    body: dict[str, Any] = {"model": BASE, "against": BASE, "tasks": [{"path": file}]}
+    other = next(base.id for base in catalogue().values() if base.id != BASE)
+    made = post(client, PATH, {**body, "judge": {"model": other}})
+    owner = service.store.project_of(client.api_key)
+    assert owner is not None
+    row = evaluations.get(service.store, owner.id, made["id"])
+    assert row is not None
+    order = EvaluationOrder.model_validate(row.order)
+    assert order.judging is not None and order.judging.app == other
+    assert [side.app for side in order.sides] == [BASE, BASE, other]
+    with pytest.raises(openai.NotFoundError, match="no base model `umpire`"):
+        post(client, PATH, {**body, "judge": {"model": "umpire"}})
+    job = {"evaluate": {"judge": {"model": other}}}
+    with pytest.raises(openai.BadRequestError, match="the base itself judges"):
+        client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body={"job": job})
 
 
 def test_an_evaluation_that_is_always_lost_gives_up(own_service: Service) -> None:
