@@ -544,6 +544,7 @@ def test_the_command_line(service: Service, tmp_path: Path, monkeypatch: pytest.
         with Page(made["link"], name) as page:
             page.choose("new")
     told = run("show", made["id"])
+    assert "first: new\nsecond: old\n" in told
     for part in ("ready, 3 of 3 items", "Ann: 3 of 3", "[bold]a", "100% (44% to 100%)", "Cohen's kappa not defined, 2 raters, 3 shared"):
         assert part in told, told
     assert json.loads(run("show", made["id"], "--json"))["results"]["wins"] == {"new": 3, "old": 0}
