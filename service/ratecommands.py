@@ -144,6 +144,19 @@ def commands(find: Callable[[Path | None], Client], out: Console, err: Console) 
         out.print(Text(f"{text.count(chr(10))} lines in {output}"), soft_wrap=True)
 
     @app.command()
+    def retry(study: StudyArgument, home: HomeOption = None) -> None:
+        """Ask the models again for the items that failed, as long as nobody has rated."""
+        client = find(home)
+        found = _answered(client, client.post(f"{STUDIES}/{study}/retry"), err)
+        out.print(Text(_state(found)), soft_wrap=True)
+
+    @app.command()
+    def delete(study: StudyArgument, home: HomeOption = None) -> None:
+        """Delete a study with all its answers and ratings. One whose answers are being made ends at once."""
+        find(home).openai.delete(f"{STUDIES}/{study}", cast_to=object)
+        out.print(f"{study} is deleted.")
+
+    @app.command()
     def close(study: StudyArgument, home: HomeOption = None) -> None:
         """Take no more ratings."""
         out.print(f"{study} is {find(home).post(f'{STUDIES}/{study}/close')['status']}.")

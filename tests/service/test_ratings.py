@@ -555,6 +555,8 @@ def test_the_command_line(service: Service, tmp_path: Path, monkeypatch: pytest.
     link = run("show", made["id"], "--new-link")
     assert re.search(r"/rate/study_\w+#rate-[\w-]{43}", link)
     assert "is closed" in run("close", made["id"])
+    assert "is being rated" in run("retry", made["id"], code=1)
     assert "There is no study" in run("show", "study_x", code=1) and "not a file" in run("create", "none.jsonl", code=1)
+    assert "is deleted" in run("delete", made["id"]) and made["id"] not in run("list")
     graded = run("create", str(data), "--kind", "likert")
     assert "3 items. For raters:" in graded and "ready, 3 of 3" in graded
