@@ -132,8 +132,8 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     model = tuned(live, client)
     (tmp_path / "held-out.jsonl").write_bytes(rows(4))
     (tmp_path / "tasks.yaml").write_text("- {path: held-out.jsonl, metric: regex, pattern: '[a-z]', max_tokens: 4, name: letters}\n")
-    (tmp_path / "own_metric.py").write_text("def short(answer, reference):\n    return len(answer) < 100\n")
-    environment = {**os.environ, "OPENAI_BASE_URL": live.base_url, "OPENAI_API_KEY": key, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    (tmp_path / "own_metric.py").write_text("def short(answer, reference):\n    return {'short': len(answer) < 100, 'any': 1}\n")
+    environment = {**os.environ, "OPENAI_BASE_URL": live.base_url, "OPENAI_API_KEY": key, "PYTHONPATH": str(ROOT)}
     command = [
         *tuneyard,
         "eval",
@@ -154,7 +154,7 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert [task["name"] for task in told["tasks"]] == ["letters", "letters by own_metric:short"]
-    assert told["tasks"][1]["tuned"] == {"short": 1.0}
+    assert told["tasks"][1]["tuned"] == {"short": 1.0, "any": 1.0} and told["tasks"][1]["metric"] == "short"
     assert json.loads((tmp_path / "r.json").read_text()) == told
     assert "letters by own_metric:short" in (tmp_path / "report.html").read_text()
     assert f"`tuneyard eval {told['id']}` comes back to it" in " ".join(done.stderr.split())
@@ -165,6 +165,11 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     wrong = [*again, "--metric", "regex"]
     done = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 2 and "already takes only" in done.stderr
+    count = len(get(client, PATH)["data"])
+    wrong = [*tuneyard, "eval", model, "--task", "tasks.yaml", "--code", "own_metric:gone", "--home", str(tmp_path)]
+    done = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 1 and "own_metric:gone` cannot be loaded" in done.stderr
+    assert len(get(client, PATH)["data"]) == count  # before anything is asked
 
 
 def test_a_lost_attempt_is_tried_again_and_a_cancelled_one_is_fenced(live: Service) -> None:
