@@ -72,16 +72,17 @@ def evaluate(
     *,
     validation: Sequence[HeldOut] = (),
     judged_by: Judge | None = None,
+    judging: Model | None = None,
 ) -> EvaluationRecord:
     """Ask both models every case of every task, write `evaluation.json` and `answers.jsonl`, and return the record.
 
-    Loss is measured on `validation`, else on the tasks' references where both models have a `chat`. A request that fails for good counts as
-    a wrong answer, and in `failed_requests`. Raises DataError for a task that cannot be read, and Unavailable if a model gave no answer at
-    all; what goes wrong with the loss or the judge is an event.
+    A judge without a URL is `judging`, or the base model. Loss is measured on `validation`, else on the tasks' references where both
+    models have a `chat`. A request that fails for good counts as a wrong answer, and in `failed_requests`. Raises DataError for a task
+    that cannot be read, and Unavailable if a model gave no answer at all; what goes wrong with the loss or the judge is an event.
     """
     start = time.monotonic()
     work = [_Work(task, load(task, slice_by), metrics.scorer(task)) for task in tasks]
-    record = asyncio.run(_evaluate(run, work, endpoint, base, tuned, list(validation), judged_by))
+    record = asyncio.run(_evaluate(run, work, endpoint, base, tuned, list(validation), judged_by, judging))
     record.seconds = time.monotonic() - start
     run.write("evaluation.json", record)
     return record
@@ -95,7 +96,14 @@ class _Work:
 
 
 async def _evaluate(
-    run: RunDir, work: list[_Work], endpoint: Endpoint, base: Model, tuned: Model, validation: list[HeldOut], judged_by: Judge | None
+    run: RunDir,
+    work: list[_Work],
+    endpoint: Endpoint,
+    base: Model,
+    tuned: Model,
+    validation: list[HeldOut],
+    judged_by: Judge | None,
+    judging: Model | None,
 ) -> EvaluationRecord:
     peers = [Peer.of(endpoint, base), Peer.of(endpoint, tuned)]
     # All that is asked is known before anything is asked, so that progress has a total and bad input stops at once.
@@ -128,7 +136,7 @@ async def _evaluate(
         if losses[0]:
             record.loss = _loss(run, lossy, [await asker.ask_all(questions) for questions in losses], bool(validation))
         if judged_by is not None:
-            record.judge = await _judge(run, asker, judged_by, endpoint, work, said)
+            record.judge = await _judge(run, asker, judged_by, endpoint, judging, work, said)
     run.progress("evaluate", done=total, total=total)
     return record
 
@@ -377,7 +385,7 @@ def _ratio(sums: list[float], counts: list[int], at: Sequence[int] | None = None
 
 
 async def _judge(
-    run: RunDir, asker: Asker, judged_by: Judge, endpoint: Endpoint, work: list[_Work], said: list[list[list[Any]]]
+    run: RunDir, asker: Asker, judged_by: Judge, endpoint: Endpoint, judging: Model | None, work: list[_Work], said: list[list[list[Any]]]
 ) -> JudgeResult | None:
     pairs: list[judge.Pair] = []
     for part, (base, tuned) in zip(work, said, strict=True):
@@ -390,7 +398,7 @@ async def _judge(
         ]
         pairs += judge.spread(both, judged_by.cases)
     try:
-        return await judge.judge(asker, judge.peer_of(judged_by, endpoint), pairs) if pairs else None
+        return await judge.judge(asker, judge.peer_of(judged_by, endpoint, judging), pairs) if pairs else None
     except (Unavailable, UserError) as error:
         run.event(f"The answers could not be judged: {error}", "error")
         return None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from serve import faults, stats
-from serve.asking import Asker, Endpoint, Model, Peer, chat_question
+from serve.asking import CONCURRENCY, Asker, Endpoint, Model, Peer, chat_question
 from serve.faults import Said
 from serve.metrics import parse_json
 from serve.tasks import Case
@@ -38,10 +38,10 @@ _LONGEST = 12_000  # characters of one text that are shown to the judge
 UNSUPPORTED = "States facts that neither the request nor the reference supports (told by the judge)."
 
 
-def peer_of(judge: Judge, endpoint: Endpoint) -> Peer:
-    """Where the judge answers: its own endpoint, with the key of the environment, or the app of the base model."""
+def peer_of(judge: Judge, endpoint: Endpoint, judging: Model | None = None) -> Peer:
+    """Where the judge answers: its own endpoint, with the key of the environment; else `judging`, or the app of the base model."""
     if judge.url is None:
-        return Peer.of(endpoint, Model(judge.model))
+        return Peer.of(endpoint, judging or Model(judge.model))
     if not judge.url.startswith(("http://", "https://")):
         raise UserError(f"The judge's URL is `{judge.url}`.", "Give a base URL such as https://host/v1.", "evaluate.judge.url")
     key = os.environ.get(KEY) or None
@@ -67,10 +67,11 @@ def spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
 async def judge(asker: Asker, peer: Peer, pairs: Sequence[Pair]) -> JudgeResult:
     """Rate both answers of every pair, compare them in both orders, and look for unsupported claims.
 
-    Raises Unavailable if the judge answered nothing at all.
+    Raises Unavailable if the judge answered nothing at all, which shows after the first requests: a wrong key or a dead host is not asked
+    about all cases.
     """
     asked = [
-        _ask(asker, peer, prompt, read)
+        (prompt, read)
         for pair in pairs
         for prompt, read in (
             *((_rubric_prompt(pair.case, said), _read_rubric) for said in (pair.base, pair.tuned)),
@@ -79,12 +80,14 @@ async def judge(asker: Asker, peer: Peer, pairs: Sequence[Pair]) -> JudgeResult:
             *((_claims_prompt(pair.case, said), _read_claims) for said in (pair.base, pair.tuned)),
         )
     ]
-    verdicts = list(await asyncio.gather(*asked))
-    failed = [verdict for verdict in verdicts if isinstance(verdict, Unavailable)]
-    if verdicts and len(failed) == len(verdicts):
-        raise Unavailable(
-            f"The judge {peer.name} answered none of {len(verdicts)} requests: {failed[0].message}", f"Check its URL and {KEY}."
-        )
+    verdicts: list[Any] = []
+    for some in (asked[:CONCURRENCY], asked[CONCURRENCY:]):
+        verdicts += await asyncio.gather(*(_ask(asker, peer, prompt, read) for prompt, read in some))
+        failed = [verdict for verdict in verdicts if isinstance(verdict, Unavailable)]
+        if verdicts and len(failed) == len(verdicts):
+            raise Unavailable(
+                f"The judge {peer.name} answered none of {len(verdicts)} requests: {failed[0].message}", f"Check its URL and {KEY}."
+            )
     rows = [verdicts[i : i + REQUESTS_PER_CASE] for i in range(0, len(verdicts), REQUESTS_PER_CASE)]
     return conclude(peer.name, pairs, [[None if isinstance(v, Unavailable) else v for v in row] for row in rows], len(failed))
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trainers.errors import DataError, UserError
@@ -212,16 +214,21 @@ def own_code(entry_point: str) -> Scorer:
     module, _, name = entry_point.partition(":")
     try:
         function = getattr(import_module(module), name) if module and name else None
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"`{entry_point}` cannot be loaded: {error}.", "Name it as module:function; the module must be importable."
-        ) from None
+    except Exception as error:  # whatever the module does when it is imported
+        cause = f"{type(error).__name__}: {error}"
+        remedy = "Name it as module:function; the module must lie here, or be installed."
+        raise UserError(f"`{entry_point}` cannot be loaded: {cause}.", remedy) from None
     if not callable(function):
         raise UserError(f"`{entry_point}` is no function.", "Name it as module:function.")
     label = name.rsplit(".", 1)[-1]
 
     def check(answer: str, reference: str) -> Scores:
-        made = function(answer, reference)
+        try:
+            made = function(answer, reference)
+        except Exception as error:
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            cause = f"{type(error).__name__}: {error} ({Path(line.filename).name}, line {line.lineno})"
+            raise UserError(f"`{entry_point}` failed on the answer {answer[:200]!r}: {cause}.", "Mend the function.") from error
         found: dict[Any, Any] = made if isinstance(made, dict) else {label: made}
         for key, value in found.items():
             if not isinstance(value, int | float) or not math.isfinite(value):

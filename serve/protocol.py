@@ -135,8 +135,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def explained(error: ValidationError) -> UserError:
-    """The first of pydantic's complaints as one line."""
-    first = error.errors(include_url=False)[0]
+    """The first of pydantic's complaints as one line. Of several allowed types, the one that got further tells what is wrong."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    if is_variant(first["loc"][-1]):
+        union = first["loc"][:-1]
+        tried = (found for found in errors if found["loc"][: len(union)] == union)
+        other = ("_type", "literal_error")  # this was not even meant
+        first = next((found for found in tried if len(found["loc"]) > len(union) + 1 or not found["type"].endswith(other)), first)
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"] if not is_variant(p)).lstrip(".")
     shown = repr(first["input"])
     value = "is missing" if first["type"] == "missing" else f"is {shown if len(shown) <= 80 else shown[:77] + '...'}"

@@ -509,7 +509,7 @@ def evaluate(
     judge: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            metavar="URL MODEL", help="Let a model rate the answers; its key is TUNEYARD_JUDGE_KEY. URL `here`: a base of the service."
+            metavar="URL MODEL", help="Let a model rate the answers; its key is TUNEYARD_JUDGE_KEY. URL `here`: a model of the service."
         ),
     ] = None,
     judge_cases: Annotated[int, typer.Option(min=1, help="Cases of each task that are judged.")] = 100,
@@ -529,6 +529,7 @@ def evaluate(
 ) -> None:
     """Is MODEL better than BASE, and by more than chance? On held-out answers, tasks, by a judge, by code of your own. The id of an
     evaluation in place of MODEL comes back to that one."""
+    from serve.metrics import own_code
     from service import evaluatecommand, evaluationreport
     from trainers.spec import Judge
 
@@ -537,6 +538,8 @@ def evaluate(
             raise typer.BadParameter(f"{path} ends neither in .html nor in .json.", param_hint="--output")
         _check_writable(path)
     here = Judge(model=judge[1], cases=judge_cases) if judge and judge[0] == "here" else None
+    sys.path.append(str(Path.cwd()))  # code of one's own lies where one works
+    scorers = {entry_point: own_code(entry_point) for entry_point in code or []}  # before minutes go into answers
     client = _client(home)
     if model.startswith("eval_"):
         if task or metric or against or slice_by or here:
@@ -550,8 +553,8 @@ def evaluate(
         record = evaluatecommand.follow(client, created["id"], show)
     if code or (judge and not here):
         answers = evaluatecommand.Answers(client, created["id"])
-        for entry_point in code or []:
-            answers.score_by(entry_point, record)
+        for entry_point, scorer in scorers.items():
+            answers.score_by(entry_point, scorer, record)
         if judge and not here:
             with _asking("judging") as show:
                 kept = Settings.load(home=home).home / "judged" / created["id"]

@@ -107,12 +107,11 @@ class Answers:
             case = Case(row["id"], row["messages"], row["reference"], row["slice"])
             self.tasks.setdefault(row["task"], []).append((case, row["base"], row["tuned"]))
 
-    def score_by(self, entry_point: str, record: EvaluationRecord) -> None:
-        """Add what the user's own code says of every task's answers."""
-        scorer = metrics.own_code(entry_point)
+    def score_by(self, entry_point: str, scorer: metrics.Scorer, record: EvaluationRecord) -> None:
+        """Add what the user's own code says of every task's answers; the first score that it names decides."""
         for name, rows in self.tasks.items():
             scores = [[{} if text is None else scorer(text, case.reference) for case, text in _column(rows, i)] for i in (1, 2)]
-            names = sorted({key for of_model in scores for found in of_model for key in found})
+            names = list(dict.fromkeys(key for of_model in scores for found in of_model for key in found))
             if not names:
                 continue
             padded = [[{key: found.get(key, 0.0) for key in names} for found in of_model] for of_model in scores]

@@ -43,7 +43,18 @@ def _evaluate(run: RunDir, order: EvaluationOrder) -> None:
     for url in dict.fromkeys(order.urls.values()):
         wait_until_healthy(url, run, "evaluate", WAIT_S)
     base, tuned = (_model(side, order) for side in (order.base, order.tuned))
-    record = evaluate(run, order.tasks, endpoint, base, tuned, order.slice_by, validation=validation(order.store), judged_by=order.judge)
+    judging = Model(order.judging.name, order.judging.adapter, order.urls[order.judging.app]) if order.judging else None
+    record = evaluate(
+        run,
+        order.tasks,
+        endpoint,
+        base,
+        tuned,
+        order.slice_by,
+        validation=validation(order.store),
+        judged_by=order.judge,
+        judging=judging,
+    )
     write_atomic(run.path("evaluation.html"), evaluationreport.page(record))
 
 

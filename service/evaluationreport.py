@@ -180,7 +180,7 @@ def _judged(judge: JudgeResult) -> RenderableType:
     lines = [Text(_judge_line(judge))] if judge.win_rate is not None else []
     if judge.unparsable or judge.failed_requests:
         lines.append(Text(f"{judge.unparsable} verdicts could not be read, {judge.failed_requests} requests failed.", style="yellow"))
-    return Group(table, *lines)
+    return Group(table if table.rows else Text(f"{table.title}. No case got a full verdict."), *lines)
 
 
 # -- HTML ----------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Evaluations:
 
     def _advance(self, row: Evaluation) -> None:
         order = EvaluationOrder.model_validate(row.order)
-        for side in (order.base, order.tuned):
+        for side in order.sides:
             self.store.ask_for(side.app)
         if not row.submitted:
             self._submit(row, order)
@@ -126,7 +126,7 @@ class Evaluations:
     def _submit(self, row: Evaluation, order: EvaluationOrder) -> None:
         run = RunDir(folder(self.settings, row.id), row.attempt, "runner")
         run.grant()
-        order.urls = {side.app: self.link.serve_url(side.app) for side in (order.base, order.tuned)}
+        order.urls = {side.app: self.link.serve_url(side.app) for side in order.sides}
         order.serve_token_file = str(self.settings.serve_token_file)
         run.write("order.json", order)
         log_file = run.path("logs", f"attempt-{row.attempt:04d}.log")

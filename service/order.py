@@ -53,8 +53,15 @@ class EvaluationOrder(Record):
     """Their paths can be read on the cluster."""
     slice_by: str | None = None
     judge: Judge | None = None
+    judging: Side | None = None
+    """The service's own model that judges, where `judge` has no URL."""
     store: str | None = None
     """Token store of the job that made the tuned model: its validation split is what the loss is measured on."""
     urls: dict[str, str] = Field(default_factory=dict)
     """App -> where it answers now."""
     serve_token_file: str = ""
+
+    @property
+    def sides(self) -> list[Side]:
+        """All models that are asked."""
+        return [self.base, self.tuned, *([self.judging] if self.judging else [])]

@@ -24,6 +24,8 @@ HomeOption = Annotated[Path | None, typer.Option(help="The service's folder; by 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study's id.")]
 STUDIES = "/tuneyard/studies"
+PLACES = ("first", "second")
+"""What a study's models are called in tables: their names are too long for a column."""
 
 
 def commands(find: Callable[[Path | None], Client], out: Console, err: Console) -> typer.Typer:
@@ -115,6 +117,8 @@ def commands(find: Callable[[Path | None], Client], out: Console, err: Console) 
         for rater in found["raters"]:
             out.print(Text(f"  {rater['name']}: {rater['rated']} of {found['to_rate']}{', finished' if rater['finished'] else ''}"))
         if results["ratings"]:
+            for place, model in zip(PLACES, results["models"], strict=False):
+                out.print(Text(f"{place}: {model}"), soft_wrap=True)
             out.print(_comparison(results) if results["kind"] == "pairwise" else _grades(results))
             for line in _notes(results):
                 out.print(Text(line), soft_wrap=True)
@@ -138,6 +142,19 @@ def commands(find: Callable[[Path | None], Client], out: Console, err: Console) 
         except OSError as error:
             raise UserError(f"{output} cannot be written: {error.strerror}.", "Name a file in a folder that exists.") from None
         out.print(Text(f"{text.count(chr(10))} lines in {output}"), soft_wrap=True)
+
+    @app.command()
+    def retry(study: StudyArgument, home: HomeOption = None) -> None:
+        """Ask the models again for the items that failed, as long as nobody has rated."""
+        client = find(home)
+        found = _answered(client, client.post(f"{STUDIES}/{study}/retry"), err)
+        out.print(Text(_state(found)), soft_wrap=True)
+
+    @app.command()
+    def delete(study: StudyArgument, home: HomeOption = None) -> None:
+        """Delete a study with all its answers and ratings. One whose answers are being made ends at once."""
+        find(home).openai.delete(f"{STUDIES}/{study}", cast_to=object)
+        out.print(f"{study} is deleted.")
 
     @app.command()
     def close(study: StudyArgument, home: HomeOption = None) -> None:
@@ -178,8 +195,8 @@ def _state(study: Json) -> str:
 def _comparison(results: Json) -> Table:
     table = Table(title="Items won (95% interval of the win rate, ties aside)", title_justify="left")
     first, second = results["models"]
-    for column in ("", "items", first, second, "tie", "both bad", f"win rate of {first}"):
-        table.add_column(Text(column), justify="left" if not column else "right", overflow="fold")
+    for column in ("", "items", "first won", "second won", "tie", "both bad", "win rate of first"):
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for name, part in (("all", results), *results["slices"].items()):
         counts = [part["items"], part["wins"][first], part["wins"][second], part["ties"], part["both_bad"]]
         table.add_row(Text(name), *map(str, counts), _share(part["win_rate"][first]))
@@ -191,8 +208,8 @@ def _grades(results: Json) -> Table:
     for column in ("", "", "helpfulness", "harmlessness", "honesty"):
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for name, part in (("all", results), *results["slices"].items()):
-        for model in results["models"]:
-            table.add_row(Text(name), Text(model), *(_mean(grade) for grade in part["grades"][model].values()))
+        for place, model in zip(PLACES, results["models"], strict=False):
+            table.add_row(Text(name), place, *(_mean(grade) for grade in part["grades"][model].values()))
         if "difference" in part:
             table.add_row(Text(name), "difference", *(_mean(grade, "+") for grade in part["difference"].values()))
     return table

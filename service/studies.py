@@ -232,7 +232,11 @@ class Studies:
             counts = Counter({state: count for state, count in rows})
             if counts["waiting"]:
                 return False
-            why = f"{counts['failed']} of {counts.total()} items have no answers." if counts["failed"] else ""
+            why = ""
+            if counts["failed"]:
+                failed = select(StudyItem).where(StudyItem.study_id == study_id, StudyItem.state == "failed").order_by(StudyItem.seq)
+                first = session.scalars(failed.limit(1)).one()
+                why = f"{counts['failed']} of {counts.total()} items have no answers; {first.source}: {first.error}"
             if not counts["ready"] and counts["identical"]:
                 why = f"{why} The models answer alike: there is nothing to compare.".strip()
             generating = Study.id == study_id, Study.status == "generating"

@@ -31,7 +31,7 @@ from trainers.errors import DataError, TemplateError, UserError
 from trainers.template import Ask, Blank, Skeleton, Slot, Template, builtin, builtin_names, load_template
 from trainers.tokens import Backend, Encoder, Place, TokenBytes, token_bytes, whole_tokenizer
 
-MASK_VERSION = 2  # raise it whenever ids or weights of any conversation change: it is part of every token store's key
+MASK_VERSION = 3  # raise it whenever ids or weights of any conversation change: it is part of every token store's key
 
 Message = dict[str, Any]
 """`{"role": str, "content": str}`; roles are system, user, assistant and tool. An assistant's may carry `weight` (0: context only),
@@ -132,7 +132,8 @@ class Chat:
         """Texts of all control tokens that may close an assistant turn."""
         self.stop_ids = frozenset(self.control[text] for text in self.ends)
         begin = special.get("bos_token", "")
-        self._bos = [self.control[begin]] if begin and rendered[0].startswith(begin) else []
+        # Where it opens every turn (SmolLM2's <|im_start|>), it begins turns and not texts.
+        self._bos = [self.control[begin]] if begin and rendered[0].startswith(begin) and rendered[0].count(begin) == 1 else []
         self._check_tokenizer(rendered[0])
 
     @classmethod

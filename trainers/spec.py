@@ -310,7 +310,8 @@ class Judge(Part):
     """A model that rates answers (LLM as a judge)."""
 
     url: str | None = None
-    """Base URL of any OpenAI-compatible endpoint, `https://host/v1`; by default the app of the base model itself. Its key is read from the
+    """Base URL of any OpenAI-compatible endpoint, `https://host/v1`; by default the base model itself in a job, and in an
+    evaluation the service's model of this name. Its key is read from the
     environment, TUNEYARD_JUDGE_KEY, and kept nowhere."""
     model: str
     """What that endpoint calls the model."""

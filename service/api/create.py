@@ -214,7 +214,11 @@ def _put_hyperparameters(given: Hyperparameters, base: Base, place: str, put: An
 
 def _files_named(spec: JobSpec, settings: Settings, store: Store, project: Project) -> JobSpec:
     """The spec, each source named after its file; refuses every path that is neither one of the project's file ids nor a granted URL."""
-    check_judge(spec.evaluate.judge, settings)
+    judge = spec.evaluate.judge
+    check_judge(judge, settings)
+    if judge is not None and judge.url is None and find(judge.model).id != find(spec.model.base).id:
+        remedy = "Name the base, give `url`, or evaluate with another judge once the job is done (`tuneyard eval --judge here MODEL`)."
+        raise UserError(f"In a job without `url` the base itself judges, and `{judge.model}` is another model.", remedy, "judge.model")
     dump = spec.model_dump(mode="json")
     validation = dump["data"]["validation"]
     for source in (*dump["data"]["train"], *(validation if isinstance(validation, list) else ()), *dump["evaluate"]["tasks"]):

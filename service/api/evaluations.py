@@ -53,12 +53,14 @@ def create(settings: Config, store: Db, link: Cluster, caller: Caller, body: Cre
     if not body.tasks and prepared is None:
         raise UserError("There is nothing to evaluate on.", "Give `tasks`: held-out conversations.", "tasks")
     check_judge(body.judge, settings)
+    judging = _side(settings, store, caller, body.judge.model) if body.judge and body.judge.url is None else None
     order = EvaluationOrder(
         base=_side(settings, store, caller, against),
         tuned=tuned,
         tasks=[_task(task, i, settings, store, caller) for i, task in enumerate(body.tasks)],
         slice_by=body.slice_by,
         judge=body.judge,
+        judging=judging,
         store=prepared.store if prepared else None,
     )
     row = Evaluation(

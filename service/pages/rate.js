@@ -34,6 +34,8 @@ function make(tag, text = "", className = "") {
   return element;
 }
 
+const count = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+
 class Refused extends Error {
   constructor(message, status) {
     super(message);
@@ -119,8 +121,8 @@ async function begin() {
   if (study.status === "closed") throw new Refused("This study is closed. Thank you.", 400);
   $("task").textContent =
     study.kind === "pairwise"
-      ? `${study.total} questions, each with two answers, A and B. Say which one is better. You can go back and change what you said.`
-      : `${study.total} answers. Grade each from 1 (bad) to 5 (good) for ${study.scales.join(", ")}. You can go back and change what you said.`;
+      ? `${count(study.total, "question")}, each with two answers, A and B. Say which one is better. You can go back and change what you said.`
+      : `${count(study.total, "answer")}. Grade each from 1 (bad) to 5 (good) for ${study.scales.join(", ")}. You can go back and change what you said.`;
   show("start");
   $("name").focus();
 }

@@ -121,12 +121,18 @@ def test_own_code_is_named_by_entry_point(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "mymetric_for_test.py").write_text(
         "def same_length(answer, reference):\n    return len(answer) == len(reference)\n"
         "def two(answer, reference):\n    return {'a': 0.5, 'b': float('nan')}\n"
+        "def fails(answer, reference):\n    raise KeyError('title')\n"
         "not_a_function = 3\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert own_code("mymetric_for_test:same_length")("abc", "xyz") == {"same_length": 1.0}
     with pytest.raises(UserError, match="returned nan as b"):
         own_code("mymetric_for_test:two")("", "")
+    with pytest.raises(UserError, match=r"failed on the answer 'abc': KeyError: 'title' \(mymetric_for_test.py, line 6\)"):
+        own_code("mymetric_for_test:fails")("abc", "")
+    (tmp_path / "mybroken_for_test.py").write_text("def f(:\n")
+    with pytest.raises(UserError, match="cannot be loaded: SyntaxError"):
+        own_code("mybroken_for_test:f")
     for wrong in ("mymetric_for_test:gone", "mymetric_for_test", "no_such_module_here:f", "mymetric_for_test:not_a_function"):
         with pytest.raises(UserError):
             own_code(wrong)

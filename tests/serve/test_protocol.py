@@ -177,6 +177,20 @@ def test_bodies_that_are_no_object(raw: bytes) -> None:
         parse(raw)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"stop": ["x"] * 10_000}, "List should have at most 16 items after validation, not 10000"),
+        ({"stop": 5}, "`stop` is 5. Input should be a valid string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"content\[0\].type` is 'image_url'. Input should"),
+        ({"tool_choice": {"type": "function"}}, "`tool_choice.function` is missing"),
+    ],
+)
+def test_of_several_types_the_one_that_was_meant_tells_what_is_wrong(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        parse(orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], **given}))
+
+
 def test_missing_keys() -> None:
     with pytest.raises(UserError, match="`messages` is missing"):
         parse(b'{"model": "m"}')

@@ -21,9 +21,11 @@ from cluster import local
 from service import evaluations
 from service.evaluations import MOST_ATTEMPTS, Evaluation, Evaluations
 from service.link import Link
+from service.order import EvaluationOrder
 from service.runner import Runner
 from service.store import Job, new_id
 from tests.serve.conftest import make_adapter
+from trainers.catalogue import catalogue
 from trainers.records import EvaluationRecord, Lease, ModelRecord, OutcomeRecord, RunDir
 from trainers.spec import JobSpec
 
@@ -143,8 +145,8 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     model = tuned(live, client)
     (tmp_path / "held-out.jsonl").write_bytes(rows(4))
     (tmp_path / "tasks.yaml").write_text("- {path: held-out.jsonl, metric: regex, pattern: '[a-z]', max_tokens: 4, name: letters}\n")
-    (tmp_path / "own_metric.py").write_text("def short(answer, reference):\n    return len(answer) < 100\n")
-    environment = {**os.environ, "OPENAI_BASE_URL": live.base_url, "OPENAI_API_KEY": key, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    (tmp_path / "own_metric.py").write_text("def short(answer, reference):\n    return {'short': len(answer) < 100, 'any': 1}\n")
+    environment = {**os.environ, "OPENAI_BASE_URL": live.base_url, "OPENAI_API_KEY": key, "PYTHONPATH": str(ROOT)}
     command = [
         *tuneyard,
         "eval",
@@ -165,7 +167,7 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert [task["name"] for task in told["tasks"]] == ["letters", "letters by own_metric:short"]
-    assert told["tasks"][1]["tuned"] == {"short": 1.0}
+    assert told["tasks"][1]["tuned"] == {"short": 1.0, "any": 1.0} and told["tasks"][1]["metric"] == "short"
     assert json.loads((tmp_path / "r.json").read_text()) == told
     assert "letters by own_metric:short" in (tmp_path / "report.html").read_text()
     assert f"`tuneyard eval {told['id']}` comes back to it" in " ".join(done.stderr.split())
@@ -183,6 +185,11 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     wrong = [*again, "--metric", "regex"]
     done = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 2 and "already takes only" in done.stderr
+    count = len(get(client, PATH)["data"])
+    wrong = [*tuneyard, "eval", model, "--task", "tasks.yaml", "--code", "own_metric:gone", "--home", str(tmp_path)]
+    done = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 1 and "own_metric:gone` cannot be loaded" in done.stderr
+    assert len(get(client, PATH)["data"]) == count  # before anything is asked
 
 
 def test_a_lost_attempt_is_tried_again_and_a_cancelled_one_is_fenced(live: Service) -> None:
@@ -250,6 +257,26 @@ def test_a_judge_elsewhere_is_the_owners_to_grant(tmp_path: Path) -> None:
         job = {"evaluate": {"judge": {"model": "m", "url": "http://elsewhere/v1"}}}
         with pytest.raises(openai.BadRequestError, match="no judge"):
             client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body={"job": job})
+
+
+def test_a_judge_here_is_the_model_that_was_named(service: Service) -> None:
+    client = service.client()
+    file = client.files.create(file=("x.jsonl", rows()), purpose="fine-tune").id
+    body: dict[str, Any] = {"model": BASE, "against": BASE, "tasks": [{"path": file}]}
+    other = next(base.id for base in catalogue().values() if base.id != BASE)
+    made = post(client, PATH, {**body, "judge": {"model": other}})
+    owner = service.store.project_of(client.api_key)
+    assert owner is not None
+    row = evaluations.get(service.store, owner.id, made["id"])
+    assert row is not None
+    order = EvaluationOrder.model_validate(row.order)
+    assert order.judging is not None and order.judging.app == other
+    assert [side.app for side in order.sides] == [BASE, BASE, other]
+    with pytest.raises(openai.NotFoundError, match="no base model `umpire`"):
+        post(client, PATH, {**body, "judge": {"model": "umpire"}})
+    job = {"evaluate": {"judge": {"model": other}}}
+    with pytest.raises(openai.BadRequestError, match="the base itself judges"):
+        client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body={"job": job})
 
 
 def test_an_evaluation_that_is_always_lost_gives_up(own_service: Service) -> None:

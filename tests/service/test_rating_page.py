@@ -61,6 +61,10 @@ def test_keys_rate_and_the_page_goes_on(service: Service, browser: Browser) -> N
     client, made = study(service)
     browser.open(made["link"])
     browser.until("#start", "4 questions, each with two answers")
+    browser.open(study(service, 1)[1]["link"])
+    browser.until("#start", "1 question, each with two answers")
+    browser.open(made["link"])
+    browser.until("#start", "4 questions")
     assert "Be strict. <img" in browser.text("#start .guide")
     begin(browser, made["link"], "Ann")
     seen = []

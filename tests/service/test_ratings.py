@@ -193,7 +193,8 @@ def test_what_fails_is_told_and_asked_again(tmp_path: Path, models: Models) -> N
         models.refused = "long"
         study = create(client, [{"prompt": "short"}, {"prompt": "long"}], models=[BASE, ALIAS])
         done = wait_for(lambda: (now := get(client, study))["status"] == "ready" and now)
-        assert done["items"]["failed"] == 1 and "1 of 2 items have no answers" in done["message"]
+        assert done["items"]["failed"] == 1
+        assert re.match(r"1 of 2 items have no answers; rows.jsonl:2: \S+: .*too long", done["message"]), done["message"]
         models.refused = ""
         assert client.post(f"{STUDIES}/{study['id']}/retry", cast_to=object)
         wait_for(lambda: get(client, study)["items"]["ready"] == 2)
@@ -543,6 +544,7 @@ def test_the_command_line(service: Service, tmp_path: Path, monkeypatch: pytest.
         with Page(made["link"], name) as page:
             page.choose("new")
     told = run("show", made["id"])
+    assert "first: new\nsecond: old\n" in told
     for part in ("ready, 3 of 3 items", "Ann: 3 of 3", "[bold]a", "100% (44% to 100%)", "Cohen's kappa not defined, 2 raters, 3 shared"):
         assert part in told, told
     assert json.loads(run("show", made["id"], "--json"))["results"]["wins"] == {"new": 3, "old": 0}
@@ -553,6 +555,8 @@ def test_the_command_line(service: Service, tmp_path: Path, monkeypatch: pytest.
     link = run("show", made["id"], "--new-link")
     assert re.search(r"/rate/study_\w+#rate-[\w-]{43}", link)
     assert "is closed" in run("close", made["id"])
+    assert "is being rated" in run("retry", made["id"], code=1)
     assert "There is no study" in run("show", "study_x", code=1) and "not a file" in run("create", "none.jsonl", code=1)
+    assert "is deleted" in run("delete", made["id"]) and made["id"] not in run("list")
     graded = run("create", str(data), "--kind", "likert")
     assert "3 items. For raters:" in graded and "ready, 3 of 3" in graded

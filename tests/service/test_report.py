@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
-from service import report
-from trainers.records import StepRecord, TaskResult
+from service import evaluationreport, report
+from trainers.records import EvaluationRecord, JudgeResult, StepRecord, TaskResult
 
 
-def rendered(table: Table, width: int = 100) -> str:
+def rendered(table: RenderableType, width: int = 100) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(table)
     console.file.close()
@@ -71,6 +70,12 @@ def test_the_comparison_shows_every_number_and_slice() -> None:
         ["create (30)", "0.0%", "90.0%"],
         ["Failed requests (counted as wrong)", "2", "0"],
     ]
+
+
+def test_a_judge_that_could_not_be_read_leaves_no_empty_table() -> None:
+    judge = JudgeResult(model="umpire", cases=2, unparsable=12)
+    told = rendered(evaluationreport.renderable(EvaluationRecord(tasks=[], seconds=0, judge=judge)))
+    assert "Judge umpire: 2 cases. No case got a full verdict.\n12 verdicts could not be read" in told and "┏" not in told, told
 
 
 def test_samples_are_cut_and_never_read_as_markup() -> None:

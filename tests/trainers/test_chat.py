@@ -56,6 +56,15 @@ def chat(request: pytest.FixtureRequest) -> Chat:
     return Chat.load(request.getfixturevalue(request.param))
 
 
+def test_a_plain_text_begins_as_transformers_begin_it(smollm: Path) -> None:
+    """SmolLM2 calls <|im_start|> its bos token; it opens turns, and no text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    assert tokenizer.bos_token == "<|im_start|>"
+    assert Chat.load(smollm).text_prompt("The sky is") == tokenizer("The sky is").input_ids
+
+
 @pytest.mark.parametrize("folder", ["tiny", "smollm"])
 def test_same_ids_as_transformers(folder: str, request: pytest.FixtureRequest) -> None:
     from transformers import AutoTokenizer
