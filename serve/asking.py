@@ -95,10 +95,11 @@ class Asker:
 
     def __init__(self, run: RunDir, timeout_s: float, backoff_s: float, tick: Callable[[], None] = lambda: None) -> None:
         """`tick` is called after each answer, and after each failure."""
-        self._run, self._backoff_s, self._tick = run, backoff_s, tick
+        self._run, self._backoff_s, self.tick = run, backoff_s, tick
         self._kept = run.kept()
         self._fresh: list[KeptRecord] = []
         self._written = time.monotonic()
+        self._timeout_s = timeout_s
         self._gate = asyncio.Semaphore(CONCURRENCY)
         self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=False)
 
@@ -109,20 +110,21 @@ class Asker:
         await self._client.aclose()
         self._write()
 
-    async def ask(self, question: Question) -> Any:
-        """The kept part of an answer, or an Unavailable that says why there is none. At most CONCURRENCY requests are out at a time."""
+    async def ask(self, question: Question, *, counts: bool = True) -> Any:
+        """The kept part of an answer, or an Unavailable that says why there is none. At most CONCURRENCY requests are out at a time. What
+        does not count makes no tick."""
         key = question.key
-        if key in self._kept:
-            self._tick()
-            return self._kept[key]
-        async with self._gate:
-            value = await self._send(question)
-        if not isinstance(value, Unavailable):
-            self._kept[key] = value
-            self._fresh.append(KeptRecord(key=key, value=value))
-            if time.monotonic() - self._written >= PROGRESS_S:
-                self._write()
-        self._tick()
+        value = self._kept.get(key)
+        if value is None:
+            async with self._gate:
+                value = await self._send(question)
+            if not isinstance(value, Unavailable):
+                self._kept[key] = value
+                self._fresh.append(KeptRecord(key=key, value=value))
+                if time.monotonic() - self._written >= PROGRESS_S:
+                    self._write()
+        if counts:
+            self.tick()
         return value
 
     async def ask_all(self, questions: list[Question]) -> list[Any]:
@@ -141,6 +143,10 @@ class Asker:
                 response = await self._client.post(f"{peer.url}{question.path}", json=question.body, headers=headers)
             except httpx.HTTPError as error:
                 cause = f"{type(error).__name__}: {error}"
+                if isinstance(error, httpx.ReadTimeout):
+                    cause = f"no answer within {self._timeout_s:g} s"
+                    if attempt:  # who is that slow again only has more to do with every further try
+                        break
                 continue
             cause = f"HTTP {response.status_code}: {response.text[:200]}"
             if response.status_code == 200:

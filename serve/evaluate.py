@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,14 +78,26 @@ def evaluate(
 
     A judge without a URL is `judging`, or the base model. Loss is measured on `validation`, else on the tasks' references where both
     models have a `chat`. A request that fails for good counts as a wrong answer, and in `failed_requests`. Raises DataError for a task
-    that cannot be read, and Unavailable if a model gave no answer at all; what goes wrong with the loss or the judge is an event.
+    that cannot be read, and Unavailable if a model gave no answer at all; what goes wrong with the loss or the judge is a
+    warning, in an event and in the record.
     """
     start = time.monotonic()
     work = [_Work(task, load(task, slice_by), metrics.scorer(task)) for task in tasks]
-    record = asyncio.run(_evaluate(run, work, endpoint, base, tuned, list(validation), judged_by, judging))
+    record = EvaluationRecord(tasks=[], seconds=0.0, base=base.name, tuned=tuned.name)
+
+    def warn(message: str) -> None:
+        run.event(message, "warn")
+        record.warnings.append(message)
+
+    if slice_by and work and not any(case.slice for part in work for case in part.cases):
+        warn(f"No case of the tasks has `{slice_by}`: there are no slices.")
+    asyncio.run(_evaluate(run, record, warn, work, endpoint, base, tuned, list(validation), judged_by, judging))
     record.seconds = time.monotonic() - start
     run.write("evaluation.json", record)
     return record
+
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,8 @@ class _Work:
 
 async def _evaluate(
     run: RunDir,
+    record: EvaluationRecord,
+    warn: Warn,
     work: list[_Work],
     endpoint: Endpoint,
     base: Model,
@@ -104,7 +118,7 @@ async def _evaluate(
     validation: list[HeldOut],
     judged_by: Judge | None,
     judging: Model | None,
-) -> EvaluationRecord:
+) -> None:
     peers = [Peer.of(endpoint, base), Peer.of(endpoint, tuned)]
     # All that is asked is known before anything is asked, so that progress has a total and bad input stops at once.
     asked = [[_questions(part, peer, model) for peer, model in zip(peers, (base, tuned), strict=True)] for part in work]
@@ -122,7 +136,6 @@ async def _evaluate(
             run.progress("evaluate", done=min(done, total), total=total)
 
     run.progress("evaluate", done=0, total=total)
-    record = EvaluationRecord(tasks=[], seconds=0.0, base=base.name, tuned=tuned.name)
     async with Asker(run, endpoint.timeout_s, endpoint.backoff_s, tick) as asker:
         said: list[list[list[Any]]] = []
         for part, both in zip(work, asked, strict=True):
@@ -134,11 +147,10 @@ async def _evaluate(
             _tell_failures(run, record.tasks[-1])
         _write_answers(run, work, said)
         if losses[0]:
-            record.loss = _loss(run, lossy, [await asker.ask_all(questions) for questions in losses], bool(validation))
+            record.loss = _loss(warn, lossy, [await asker.ask_all(questions) for questions in losses], bool(validation))
         if judged_by is not None:
-            record.judge = await _judge(run, asker, judged_by, endpoint, judging, work, said)
+            record.judge = await _judge(warn, asker, judged_by, endpoint, judging, work, said)
     run.progress("evaluate", done=total, total=total)
-    return record
 
 
 def _questions(part: _Work, peer: Peer, model: Model) -> list[Question]:
@@ -346,17 +358,15 @@ def _read_by(chat: Chat, cases: list[Case]) -> list[HeldOut]:
     return found
 
 
-def _loss(run: RunDir, examples: list[list[HeldOut]], values: list[list[Any]], from_split: bool) -> LossResult | None:
+def _loss(warn: Warn, examples: list[list[HeldOut]], values: list[list[Any]], from_split: bool) -> LossResult | None:
     """Mean loss per supervised token of each model over the examples that both have scored."""
     whole = [i for i in range(len(values[0])) if not any(isinstance(of_model[i], Unavailable) for of_model in values)]
     if not whole:
         first = next(value for of_model in values for value in of_model if isinstance(value, Unavailable))
-        run.event(f"The loss on held-out answers could not be measured: {first.message}", "warn")
+        warn(f"The loss on held-out answers could not be measured: {first.message}")
         return None
     if len(whole) < len(values[0]):
-        run.event(
-            f"{len(values[0]) - len(whole)} of {len(values[0])} held-out answers could not be scored; the loss leaves them out.", "warn"
-        )
+        warn(f"{len(values[0]) - len(whole)} of {len(values[0])} held-out answers could not be scored; the loss leaves them out.")
     sums = [[-of_model[i][0] for i in whole] for of_model in values]
     counts = [[sum(stop - start for start, stop in of_model[i].spans) for i in whole] for of_model in examples]
     same = counts[0] == counts[1]
@@ -385,7 +395,7 @@ def _ratio(sums: list[float], counts: list[int], at: Sequence[int] | None = None
 
 
 async def _judge(
-    run: RunDir, asker: Asker, judged_by: Judge, endpoint: Endpoint, judging: Model | None, work: list[_Work], said: list[list[list[Any]]]
+    warn: Warn, asker: Asker, judged_by: Judge, endpoint: Endpoint, judging: Model | None, work: list[_Work], said: list[list[list[Any]]]
 ) -> JudgeResult | None:
     pairs: list[judge.Pair] = []
     for part, (base, tuned) in zip(work, said, strict=True):
@@ -400,5 +410,5 @@ async def _judge(
     try:
         return await judge.judge(asker, judge.peer_of(judged_by, endpoint, judging), pairs) if pairs else None
     except (Unavailable, UserError) as error:
-        run.event(f"The answers could not be judged: {error}", "error")
+        warn(f"The answers could not be judged: {error}")
         return None

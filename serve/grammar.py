@@ -70,9 +70,10 @@ class Follower:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UserError(
-                f"The form asked for is too complex to follow: {_first_line(self._matcher.get_error())}", _LOOSEN, "response_format"
-            )
+            cause = _first_line(self._matcher.get_error())
+            if cause == "NoExtensionBias":  # the library's word for a form without any text
+                raise UserError("Nothing fits the form asked for.", _LOOSEN, "response_format")
+            raise UserError(f"The form asked for is too complex to follow: {cause}.", _LOOSEN, "response_format")
 
 
 _LOOSEN = "Ask for a simpler form."

@@ -68,7 +68,7 @@ async def judge(asker: Asker, peer: Peer, pairs: Sequence[Pair]) -> JudgeResult:
     """Rate both answers of every pair, compare them in both orders, and look for unsupported claims.
 
     Raises Unavailable if the judge answered nothing at all, which shows after the first requests: a wrong key or a dead host is not asked
-    about all cases.
+    about all cases; and if it answered, but gave no verdict.
     """
     asked = [
         (prompt, read)
@@ -88,6 +88,8 @@ async def judge(asker: Asker, peer: Peer, pairs: Sequence[Pair]) -> JudgeResult:
             raise Unavailable(
                 f"The judge {peer.name} answered none of {len(verdicts)} requests: {failed[0].message}", f"Check its URL and {KEY}."
             )
+    if all(verdict is None or isinstance(verdict, Unavailable) for verdict in verdicts):
+        raise Unavailable(f"None of the {len(verdicts)} answers of the judge {peer.name} is a verdict.", "Let a stronger model judge.")
     rows = [verdicts[i : i + REQUESTS_PER_CASE] for i in range(0, len(verdicts), REQUESTS_PER_CASE)]
     return conclude(peer.name, pairs, [[None if isinstance(v, Unavailable) else v for v in row] for row in rows], len(failed))
 
@@ -142,14 +144,18 @@ async def _ask(asker: Asker, peer: Peer, prompt: str, read: Any) -> Any:
     for attempt in range(TRIES):
         # Greedy first; the same question again would be answered the same, so a further try is drawn at random, from its own seed.
         again = {"temperature": 0.7, "seed": attempt} if attempt else {}
-        said = await asker.ask(chat_question(peer, messages, MAX_TOKENS, **again))
-        if isinstance(said, Unavailable):
-            return said
-        try:
-            return read(_object(said["text"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
+        said = await asker.ask(chat_question(peer, messages, MAX_TOKENS, **again), counts=False)
+        verdict: Any = said
+        if not isinstance(said, Unavailable):
+            try:
+                verdict = read(_object(said["text"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+        break
+    else:
+        verdict = None
+    asker.tick()  # one verdict, however many tries
+    return verdict
 
 
 def _object(text: str) -> dict[str, Any]:

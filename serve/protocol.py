@@ -127,10 +127,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """A body as JSON (which has no NaN and no infinity)."""
     try:
         value = orjson.loads(body)
-    except ValueError:
-        value = None
+    except ValueError as error:
+        raise UserError(f"The body is not JSON: {error}.", "Send a JSON object; JSON has no NaN and no Infinity.") from None
     if not isinstance(value, dict):
-        raise UserError("The body is not a JSON object.", "Send one; JSON has no NaN and no Infinity.")
+        raise UserError("The body is not a JSON object.", "Send one.")
     return value
 
 
@@ -171,6 +171,6 @@ def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
 
 
 def error_body(error: TuneyardError) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """OpenAI's error object; `remedy` repeats the end of the message, as the gateway's do."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code, "remedy": error.remedy}}

@@ -551,7 +551,8 @@ def evaluate(
         err.print(f"Evaluation {created['id']}. It goes on without you; `tuneyard eval {created['id']}` comes back to it.")
     with _asking("asking") as show:
         record = evaluatecommand.follow(client, created["id"], show)
-    if code or (judge and not here):
+    fault = None
+    try:
         answers = evaluatecommand.Answers(client, created["id"])
         for entry_point, scorer in scorers.items():
             answers.score_by(entry_point, scorer, record)
@@ -559,27 +560,38 @@ def evaluate(
             with _asking("judging") as show:
                 kept = Settings.load(home=home).home / "judged" / created["id"]
                 answers.judge_by(Judge(url=judge[0], model=judge[1], cases=judge_cases), record, kept, show)
-    if benchmark:
-        from service.harness import Asked, run_benchmarks
+        if benchmark:
+            from service.harness import Asked, run_benchmarks
 
-        models = Settings.load(home=home).models
-        base, tuned = (Asked(name, models / evaluatecommand.base_of(client, name)) for name in (record.base, record.tuned))
-        key, url = str(client.openai.api_key), str(client.openai.base_url)
-        with _asking("benchmarks") as show:
-            record.benchmarks = run_benchmarks(url, key, base, tuned, benchmark, err.print, show, benchmark_limit)
+            models = Settings.load(home=home).models
+            base, tuned = (Asked(name, models / evaluatecommand.base_of(client, name)) for name in (record.base, record.tuned))
+            key, url = str(client.openai.api_key), str(client.openai.base_url)
+            with _asking("benchmarks") as show:
+                record.benchmarks = run_benchmarks(url, key, base, tuned, benchmark, err.print, show, benchmark_limit)
+        if here and not record.judge:
+            raise TuneyardError(f"{here.model} has judged nothing.", "The report says why.")
+    except TuneyardError as error:  # what was measured before it is told all the same
+        fault = error
     told = {"id": created["id"], **record.model_dump(mode="json")}
     for path in output or []:
         _write(path, evaluationreport.page(record) if path.suffix == ".html" else json.dumps(told, indent=2) + "\n")
     _print_json(told) if as_json else out.print(evaluationreport.renderable(record), width=min(out.width, REPORT_WIDTH))
+    if fault:
+        raise fault
 
 
 @contextmanager
 def _asking(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error, if that is a terminal; yields what to tell it: (requests done, requests in all)."""
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task("", total=1)
-        yield lambda done, total: progress.update(bar, completed=done, total=max(done, total, 1))
+        bar = progress.add_task("", total=None, told="")
+
+        def show(done: int, total: int) -> None:
+            if total := max(done, total):
+                progress.update(bar, completed=done, total=total, told=f"{done}/{total}")
+
+        yield show
 
 
 @app.command()

@@ -252,6 +252,11 @@ def visible(text: str) -> str:
     return "".join(c if c in "\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else _escape(c) for c in text)
 
 
+def readable(text: str) -> str:
+    """The same for text that is shown in lines of its own."""
+    return "\n".join(map(visible, text.split("\n")))
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
@@ -397,7 +402,14 @@ def pages() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": lambda n: f"{n:,}", "percent": lambda x: f"{x:.1%}", "size": _size, "visible": visible, "code": _code}
+    environment.filters |= {
+        "number": lambda n: f"{n:,}",
+        "percent": lambda x: f"{x:.1%}",
+        "size": _size,
+        "visible": visible,
+        "readable": readable,
+        "code": _code,
+    }
     return environment
 
 

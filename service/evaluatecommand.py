@@ -16,11 +16,11 @@ from serve import judge, metrics
 from serve.asking import Asker, Endpoint
 from serve.evaluate import compare
 from serve.faults import Said
-from serve.tasks import Case
+from serve.tasks import Case, load
 from service.client import Client, Json
 from trainers.errors import SpecError, TuneyardError, UserError
 from trainers.records import EvaluationRecord, JudgeResult, RunDir
-from trainers.spec import EvalTask, Judge
+from trainers.spec import EvalTask, Judge, explain
 
 Show = Callable[[int, int], None]
 """(requests done, in all)."""
@@ -54,19 +54,25 @@ def _task(value: Any, where: str) -> EvalTask:
     try:
         return EvalTask.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the task"
-        raise SpecError(f"{where}: {key}: {first['msg']}.", "A task is what stands below `evaluate.tasks` in a job.") from None
+        found = explain(error, EvalTask, "a task")
+        raise SpecError(f"{where}: {found.message}", found.remedy) from None
 
 
 def create(client: Client, model: str, against: str | None, tasks: list[EvalTask], slice_by: str | None, judged_by: Judge | None) -> Json:
-    """Upload the tasks' files and create the evaluation."""
-    sent = []
+    """Upload the tasks' files, each read here first, and create the evaluation."""
+    sent, sliced = [], False
+    for task in tasks:
+        if "://" in task.path:
+            sliced = True  # for all that is known here
+        elif not Path(task.path).is_file():
+            raise UserError(f"{task.path} is not a file of this machine.", "Name a local file: it is uploaded from here.")
+        else:
+            sliced |= any(case.slice for case in load(task, slice_by))
+    if slice_by and tasks and not sliced:
+        raise UserError(f"No row of the tasks has `{slice_by}`.", "Name a column that they have.")
     for task in tasks:
         if "://" not in task.path:
             file = Path(task.path)
-            if not file.is_file():
-                raise UserError(f"{task.path} is not a file of this machine.", "Name a local file: it is uploaded from here.")
             id = client.openai.files.create(file=file, purpose="fine-tune").id
             task = task.model_copy(update={"path": id, "name": task.shown})
         sent.append(task.model_dump(mode="json"))

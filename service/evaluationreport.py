@@ -36,7 +36,7 @@ def lines(record: EvaluationRecord) -> list[str]:
         for row in record.benchmarks
         if row.group is None
     ]
-    return told
+    return told + record.warnings
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def renderable(record: EvaluationRecord) -> RenderableType:
         parts += [Text(""), _judged(record.judge)]
     if record.benchmarks:
         parts += [Text(""), _benchmarks(record)]
+    parts += [Text(visible(warning), style="yellow") for warning in record.warnings]
     return Group(*parts)
 
 

@@ -239,6 +239,10 @@ class Studies:
                 why = f"{counts['failed']} of {counts.total()} items have no answers; {first.source}: {first.error}"
             if not counts["ready"] and counts["identical"]:
                 why = f"{why} The models answer alike: there is nothing to compare.".strip()
+            ready = select(StudyItem.answers).where(StudyItem.study_id == study_id, StudyItem.state == "ready")
+            if cut := sum(is_cut(answer) for answers in session.scalars(ready) for answer in answers):
+                told = f"{cut} answers were cut off, as long as allowed: raters see that, and none is exported as preferred."
+                why = f"{why} {told}".strip()
             generating = Study.id == study_id, Study.status == "generating"
             session.execute(update(Study).where(*generating).values(status="ready" if counts["ready"] else "failed", message=why))
             return True
@@ -300,6 +304,11 @@ class Studies:
         """From now on this rater's ratings stand as they are."""
         with self._store.session() as session:
             session.execute(update(Rater).where(Rater.id == rater.id, Rater.finished_at.is_(None)).values(finished_at=time.time()))
+
+
+def is_cut(answer: dict[str, Any] | None) -> bool:
+    """Whether an answer ends where it was as long as it may be."""
+    return bool(answer) and answer.get("finish_reason") == "length"
 
 
 def left_of(sheet: Sheet, unit: Unit) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from service import agreement
-from service.studies import SCALES, Rater, Rating, Study, StudyItem
+from service.studies import SCALES, Rater, Rating, Study, StudyItem, is_cut
 
 Json = dict[str, Any]
 
@@ -133,26 +133,27 @@ def _mean(values: list[float]) -> Json:
 
 def preferences(study: Study, items: Sequence[StudyItem], ratings: Sequence[Rating]) -> Iterator[Json]:
     """One line per item with a winner, in the format of OpenAI's DPO data: what the raters prefer, and the other answer. In a Likert study
-    the answer with the higher mean over all grades wins."""
+    the answer with the higher mean over all grades wins. An answer that was cut off is no example to follow, whoever preferred it."""
     if study.kind == "pairwise":
         winners = {item: _winner(choices) for item, choices in _choices(ratings).items()}
     else:
         means = [_item_means((r for r in ratings if r.model == place), lambda value: sum(value.values())) for place in range(2)]
         winners = {i: "0" if value > means[1][i] else "1" for i, value in means[0].items() if means[1].get(i, value) != value}
     for item in items:
-        if (winner := winners.get(item.seq)) in ("0", "1"):
+        if (winner := winners.get(item.seq)) in ("0", "1") and not is_cut(item.answers[int(winner)]):
             best, worst = (_said(item.answers[place]) for place in (int(winner), 1 - int(winner)))
             tools = {"tools": item.tools, "parallel_tool_calls": True} if item.tools else {}
             yield {"input": {"messages": item.messages, **tools}, "preferred_output": [best], "non_preferred_output": [worst]}
 
 
 def lines(study: Study, items: Sequence[StudyItem], raters: Sequence[Rater], ratings: Sequence[Rating]) -> Iterator[Json]:
-    """One line per rating, as it was given: who, what, on which side it stood, and when."""
+    """One line per rating, as it was given: who, what, on which side it stood, and when; and whose answers to it were cut off."""
     names = {rater.id: rater.name for rater in raters}
     by_seq = {item.seq: item for item in items}
     for rating in ratings:
         item = by_seq[rating.item]
-        line = {"rater": names[rating.rater_id], "item": item.source, "slice": item.slice, "rated_at": rating.rated_at}
+        cut = [model for model, answer in zip(study.models, item.answers, strict=True) if is_cut(answer)]
+        line = {"rater": names[rating.rater_id], "item": item.source, "slice": item.slice, "rated_at": rating.rated_at, "cut": cut}
         if study.kind == "pairwise":
             choice = rating.value["choice"]
             line |= {"choice": study.models[int(choice)] if choice in ("0", "1") else choice, "left": study.models[rating.left]}

@@ -416,6 +416,8 @@ class EvaluationRecord(Record):
     loss: LossResult | None = None
     judge: JudgeResult | None = None
     benchmarks: list[BenchmarkResult] = []
+    warnings: list[str] = []
+    """What was asked for and could not be measured, and why."""
 
 
 class OutcomeRecord(Record):

@@ -380,7 +380,7 @@ class JobSpec(Part):
         try:
             return cls.model_validate(value, strict=False)
         except ValidationError as error:
-            raise _explain(error) from None
+            raise explain(error, JobSpec) from None
 
     @classmethod
     def load(cls, path: str | Path) -> JobSpec:
@@ -427,19 +427,19 @@ class Placement(Part):
     device: Literal["cpu", "cuda"] = "cpu"
 
 
-def _explain(error: ValidationError) -> SpecError:
+def explain(error: ValidationError, root: type[Part], what: str = "a job") -> SpecError:
     """The first of pydantic's complaints as one line: key, value, rule; and the nearest known key for a typo."""
     # A typo explains the missing key that it causes, and the deepest complaint is the closest to what was meant.
     urgency = {"extra_forbidden": 0, "missing": 1}
     first = min(error.errors(include_url=False), key=lambda e: (urgency.get(e["type"], 2), -len(e["loc"])))
-    place, known = _locate((*first["loc"], "type") if first["type"] == "union_tag_invalid" else first["loc"])
+    place, known = _locate((*first["loc"], "type") if first["type"] == "union_tag_invalid" else first["loc"], root)
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(place[-1]), known, n=1)
         remedy = f"Did you mean `{near[0]}`?" if near else f"Known keys here: {', '.join(known)}."
-        return SpecError(f"`{key}` is not a key of a job.", remedy, key)
+        return SpecError(f"`{key}` is not a key of {what}.", remedy, key)
     if first["type"] == "missing":
-        return SpecError(f"`{key}` is missing.", f"Add `{place[-1]}` to the job.", key)
+        return SpecError(f"`{key}` is missing.", f"Add `{place[-1]}` to {what.replace('a ', 'the ')}.", key)
     value = json.dumps(first["input"], default=str)
     value = value if len(value) <= 80 else value[:77] + "..."
     rules = "; or ".join(
@@ -448,15 +448,15 @@ def _explain(error: ValidationError) -> SpecError:
     return SpecError(f"`{key}` is {value}: {rules}.", "Change it to a value the rule allows.", key)
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], list[str]]:
+def _locate(loc: tuple[int | str, ...], root: type[Part]) -> tuple[list[int | str], list[str]]:
     """A complaint's place in the user's own keys, and the keys known there.
 
     Where a section may be one of several, pydantic adds to `loc` which of them it tried: a type's name, or the section's `type`. These are
     not the user's keys.
     """
     place: list[int | str] = []
-    known: list[str] = list(_aliases(JobSpec))
-    parts: list[type[Part]] = [JobSpec]
+    known: list[str] = list(_aliases(root))
+    parts: list[type[Part]] = [root]
     for number, step in enumerate(loc):
         fields = {name: annotation for part in parts for name, annotation in _aliases(part).items()}
         if isinstance(step, int):

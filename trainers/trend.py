@@ -12,6 +12,8 @@ History = Sequence[Sequence[float]]
 
 RISES = 3
 """So many validations in a row must rise while training falls before that is called overfitting."""
+_CLEARLY = 0.03
+"""By so much of itself at least: a few validation examples wander by less."""
 _STILL_FALLING = 0.03  # a last validation that is lower by this share says that the run ended too early
 
 
@@ -25,14 +27,15 @@ def should_stop(history: History, rule: EarlyStopping | None) -> bool:
 
 
 def overfits(history: History) -> bool:
-    """Whether validation has just risen RISES times in a row while training fell over the same time. True once for each such stretch."""
+    """Whether validation has just risen RISES times in a row, clearly, while training fell over the same time. True once for each such
+    stretch."""
 
-    def rises(end: int) -> bool:
-        tail = history[end - RISES - 1 : end]
-        return len(tail) == RISES + 1 and all(after[2] > before[2] for before, after in pairwise(tail))
+    def does(end: int) -> bool:
+        tail = history[max(0, end - RISES - 1) : end]
+        rises = len(tail) == RISES + 1 and all(after[2] > before[2] for before, after in pairwise(tail))
+        return rises and tail[-1][2] > tail[0][2] * (1 + _CLEARLY) and tail[-1][1] < tail[0][1]
 
-    end = len(history)
-    return rises(end) and not rises(end - 1) and history[-1][1] < history[-1 - RISES][1]
+    return does(len(history)) and not does(len(history) - 1)
 
 
 def underfits(history: History) -> bool:

@@ -89,8 +89,8 @@ def _find(store: Store, settings: Settings, caller: Project, name: str) -> tuple
 def _model_of(content: bytes) -> str:
     try:
         body: Any = orjson.loads(content)
-    except ValueError:
-        raise UserError("The body is not JSON.", "Send a JSON object; JSON has no NaN and no Infinity.") from None
+    except ValueError as error:
+        raise UserError(f"The body is not JSON: {error}.", "Send a JSON object; JSON has no NaN and no Infinity.") from None
     name = body.get("model") if isinstance(body, dict) else None
     if not isinstance(name, str) or not name:
         raise UserError("`model` is missing.", "Name a model from GET /v1/models.", "model")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.api.auth import Db
 from service.api.errors import NotFound, Unauthorized
 from service.datareport import pages
-from service.studies import SCALES, Sheet, Studies, Study, StudyItem, Unit, left_of
+from service.studies import SCALES, Sheet, Studies, Study, Unit, is_cut, left_of
 from trainers.errors import UserError
 
 router = APIRouter(prefix="/rate/{study_id}", include_in_schema=False)
@@ -135,7 +135,8 @@ def unit(store: Db, sheet: Mine, number: int) -> dict[str, Any]:
     return {
         "number": number,
         "conversation": [{"role": message["role"], "text": _text(message)} for message in item.messages],
-        "answers": [_answer(item, place) for place in places],
+        "answers": [_text(item.answers[place] or {}) for place in places],
+        "cut": [is_cut(item.answers[place]) for place in places],
         "mine": _as_seen(sheet, which),
         **_progress(sheet),
     }
@@ -200,10 +201,6 @@ def _revealed(sheet: Sheet) -> list[dict[str, Any]]:
             mine = [value for which, value in sheet.rated.items() if which.model == place]
             told.append({"model": model, "means": {scale: sum(value[scale] for value in mine) / len(mine) for scale in SCALES}})
     return told
-
-
-def _answer(item: StudyItem, place: int) -> str:
-    return _text(item.answers[place] or {})
 
 
 def _text(message: dict[str, Any]) -> str:

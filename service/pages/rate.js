@@ -161,6 +161,7 @@ async function open(number) {
       const text = make("div", answer || "(nothing)", answer ? "text" : "text soft");
       text.dir = "auto";
       box.append(make("h2", found.answers.length > 1 ? `Answer ${"AB"[place]}` : "Answer"), text);
+      if (found.cut[place]) box.append(make("p", "Cut off here: it was as long as allowed.", "soft"));
       return box;
     }),
   );

@@ -120,7 +120,7 @@ def test_token_is_asked_for(served, headers: dict[str, str]) -> None:
     for path in ("/v1/chat/completions", "/v1/tuneyard/prompt"):
         response = httpx.post(f"{served.url}{path}", json={"model": "m", "messages": MESSAGES}, headers=headers, timeout=60)
         assert response.status_code == 401
-        assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+        assert response.json()["error"].keys() == {"message", "type", "param", "code", "remedy"}
 
 
 def test_a_client_that_leaves_stops_its_generation(served) -> None:

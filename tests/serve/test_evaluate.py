@@ -296,4 +296,13 @@ def test_a_loss_that_cannot_be_measured_is_told_and_the_rest_stands(tmp_path: Pa
     kept = HeldOut("a:1", [1, 2, 3], ((1, 3),))
     record = evaluate(run, [task(tmp_path, ["2"])], peer[1], BASE, TUNED, validation=[kept])
     assert record.loss is None and record.tasks[0].tuned["json_match"] == 1.0
-    assert any("could not be measured: HTTP 404" in event.message for _, segment in run.events() for event in segment)
+    [warning] = record.warnings
+    assert "could not be measured: HTTP 404" in warning
+    assert [event.message for _, segment in run.events() for event in segment] == [warning]
+
+
+def test_slices_by_what_no_case_has_are_told(tmp_path: Path, peer: tuple[Peer, Endpoint]) -> None:
+    record = evaluate(RunDir(tmp_path / "run", writer="driver"), [task(tmp_path, ["2"])], peer[1], BASE, TUNED, "nope")
+    assert record.warnings == ["No case of the tasks has `nope`: there are no slices."] and not record.tasks[0].slices
+    written = RunDir(tmp_path / "run").read("evaluation.json", EvaluationRecord)
+    assert written is not None and written.warnings == record.warnings

@@ -146,6 +146,7 @@ def test_control_tokens_are_no_text(grammars: Grammars, tiny: Path) -> None:
         ('{"type": "string", "pattern": "(?=a)b"}', "look-around"),
         ('{"type": "string", "pattern": "("}', "unclosed group"),
         ('{"$ref": "https://example.org/schema"}', "example.org"),
+        ('{"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}', "Nothing fits the form asked for"),
         ('{"enum": []}', "empty"),
         ('{"a', "EOF|Unterminated"),
         ("[]", "object"),

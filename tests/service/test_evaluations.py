@@ -168,6 +168,20 @@ def test_the_command_line(live: Service, tuneyard: list[str], tmp_path: Path) ->
     told = json.loads(done.stdout)
     assert [task["name"] for task in told["tasks"]] == ["letters", "letters by own_metric:short"]
     assert told["tasks"][1]["tuned"] == {"short": 1.0, "any": 1.0} and told["tasks"][1]["metric"] == "short"
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        full = [*tuneyard, "eval", *more, "--home", str(tmp_path)]
+        return subprocess.run(full, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+    nobody = run(told["id"], "--judge", "http://127.0.0.1:9/v1", "umpire")
+    assert nobody.returncode == 1 and "answered none" in nobody.stderr and "letters" in nobody.stdout  # what was measured is told
+    (tmp_path / "typo.yaml").write_text("{path: held-out.jsonl, metrc: regex}\n")
+    typo = run(model, "--task", "typo.yaml")
+    assert typo.returncode == 1 and "typo.yaml: `metrc` is not a key of a task" in typo.stderr and "`metric`" in typo.stderr
+    (tmp_path / "empty.jsonl").write_text('{"messages": []}\n')
+    assert "eval_" not in (empty := run(model, "--task", "empty.jsonl")).stderr and empty.returncode == 1
+    sliced = run(model, "--task", "held-out.jsonl", "--slice-by", "nope")
+    assert sliced.returncode == 1 and "No row of the tasks has `nope`" in sliced.stderr and "eval_" not in sliced.stderr
     assert json.loads((tmp_path / "r.json").read_text()) == told
     assert "letters by own_metric:short" in (tmp_path / "report.html").read_text()
     assert f"`tuneyard eval {told['id']}` comes back to it" in " ".join(done.stderr.split())

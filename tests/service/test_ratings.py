@@ -43,6 +43,8 @@ class Models:
         self.at_once = self.most_at_once = 0
         self.broken = False
         self.refused = ""
+        self.cut = ""
+        """The model whose answers have no end."""
         self.let = threading.Event()
         self.let.set()
 
@@ -67,7 +69,8 @@ class Models:
         if body.get("tools"):
             call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}}
             message = {"role": "assistant", "content": None, "tool_calls": [call]}
-        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        finish = "length" if body["model"] == self.cut else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
         return JSONResponse({"id": "c", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]})
 
 
@@ -163,6 +166,24 @@ def test_models_are_asked_through_the_chat_endpoint(tmp_path: Path, models: Mode
         results = get(client, study, "/results")
         assert results["wins"] == {BASE: 0, ALIAS: 20}
         assert {name: part["items"] for name, part in results["slices"].items()} == {"even": 10, "odd": 10}
+
+
+def test_answers_that_were_cut_off_are_told_and_are_no_example(tmp_path: Path, models: Models) -> None:
+    models.cut = ALIAS
+    with answering(tmp_path, models) as service:
+        client = service.client("acme")
+        study = create(client, [{"prompt": "q0"}, {"prompt": "q1"}], models=[BASE, ALIAS])
+        done = wait_for(lambda: (now := get(client, study))["status"] == "ready" and now)
+        assert done["message"].startswith("2 answers were cut off")
+        with Page(study["link"], "Ann") as ann:
+            for unit in map(ann.unit, (1, 2)):
+                assert unit["cut"] == [answer.startswith(ALIAS) for answer in unit["answers"]] and sum(unit["cut"]) == 1
+            ann.choose(ALIAS, "q0")
+            ann.choose(BASE, "q1")
+        pairs = [json.loads(line) for line in get_text(client, study, "/export").splitlines()]
+        assert [pair["preferred_output"][0]["content"] for pair in pairs] == [f"{BASE} on q1"]
+        lines = [json.loads(line) for line in get_text(client, study, "/export?form=ratings").splitlines()]
+        assert [line["cut"] for line in lines] == [[ALIAS]] * 2 and get(client, study, "/results")["wins"] == {BASE: 1, ALIAS: 1}
 
 
 def test_the_last_answer_of_a_conversation_is_left_out_and_tools_go_along(tmp_path: Path, models: Models) -> None:

@@ -37,6 +37,7 @@ def test_overfitting_is_told_once_for_each_stretch() -> None:
     told = [n for n in range(len(valid) + 1) if trend.overfits(history(valid[:n]))]
     assert told == [5, 10]
     assert not any(trend.overfits(history(valid[:n], [1.0 + n for n in range(n)])) for n in range(len(valid) + 1))  # training rises too
+    assert not any(trend.overfits(history([0.484, 0.485, 0.487, 0.494][:n])) for n in range(5))  # a few examples wander by as much
 
 
 def test_underfitting_needs_both_losses_to_fall_to_the_end() -> None:
