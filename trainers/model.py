@@ -133,8 +133,9 @@ def collate(examples: list[Example], device: torch.device | str = "cpu", keys: l
 
 def _to(values: np.ndarray, device: torch.device | str) -> Tensor:
     tensor = torch.from_numpy(values)
-    # From pinned memory a copy to a GPU runs beside the computation.
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+    if torch.device(device).type == "cuda":  # from pinned memory the copy runs beside the computation
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Trainee(nn.Module):

@@ -4,7 +4,6 @@ the CPU's."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,10 @@ import torch
 
 from serve.engine import GenerateRequest, PromptEvent, TokenEvent
 from serve.transformers_engine import TransformersEngine
-from tests.serve.simulated import DEVICE, Held, Misplaced
 from tests.serve.test_transformers_engine import everything, prompt
+from tests.simulated import DEVICE, Held, Misplaced, movable
 
 PERSON = json.dumps({"type": "object", "properties": {"age": {"type": "integer", "maximum": 150}}, "required": ["age"]})
-
-
-@pytest.fixture
-def movable() -> Iterator[None]:
-    """A shell cannot take the place of a parameter's values, as a GPU's tensor does: the parameter is made anew."""
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 def test_the_device_refuses_what_gpus_refuse() -> None:
@@ -40,7 +31,7 @@ def test_the_device_refuses_what_gpus_refuse() -> None:
 
 
 @pytest.mark.parametrize("device", [DEVICE, *([torch.device("cuda")] if torch.cuda.is_available() else [])], ids=str)
-def test_an_engine_on_a_device(tiny: Path, adapters: list[str], movable: None, device: torch.device) -> None:
+def test_an_engine_on_a_device(tiny: Path, adapters: list[str], device: torch.device) -> None:
     fields: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.0, "logprobs": 3},
@@ -59,7 +50,8 @@ def test_an_engine_on_a_device(tiny: Path, adapters: list[str], movable: None, d
     ]
     told = []
     for place in (torch.device("cpu"), device):
-        engine = TransformersEngine(tiny, dtype=torch.float32, device=place, num_threads=1)
+        with movable():
+            engine = TransformersEngine(tiny, dtype=torch.float32, device=place, num_threads=1)
         told.append(everything(engine, *requests) + everything(engine, *requests[:3]))
         engine.close()
     assert {p.device.type for p in engine._model.parameters()} == {device.type}

@@ -7,6 +7,8 @@ torch asks for a driver wherever it reads "cuda".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,20 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("simulated")
+torch.get_device_module("simulated").get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
 DEVICE = torch.device("simulated:0")
+
+
+@contextmanager
+def movable() -> Iterator[None]:
+    """Within it, models can be moved to the device: a shell cannot take the place of a parameter's values, as a GPU's tensor does, so
+    parameters are made anew."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 class Misplaced(RuntimeError):
