@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -441,6 +442,52 @@ def test_rows_that_do_not_fit_wait_and_go_on(tiny: Path, adapters: list[str], pa
                 assert a.logprobs[1:] == pytest.approx(b.logprobs[1:], abs=1e-5)
             else:
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-5) and a.finish_reason == b.finish_reason
+    small.close()
+    roomy.close()
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_memory_is_short_and_consumers_leave(tiny: Path, adapters: list[str], monkeypatch: pytest.MonkeyPatch, paged: bool) -> None:
+    rng = random.Random(0)
+    requests = [
+        GenerateRequest(
+            prompt_ids=prompt(rng.randint(1, 200), seed=rng.randint(0, 3)),
+            adapter=rng.choice([None, *adapters]),
+            temperature=rng.choice([0.0, 1.0]),
+            seed=i,
+            max_tokens=rng.randint(1, 210),
+            stop_ids=frozenset(),
+            prompt_logprobs=rng.choice([None, None, 0]),
+        )
+        for i in range(40)
+    ]
+    patience = [rng.randint(0, 30) if rng.random() < 0.25 else 1000 for _ in requests]
+    delays_s = [rng.random() for _ in requests]
+
+    async def some(engine: TransformersEngine, i: int) -> list[int]:
+        await asyncio.sleep(delays_s[i])
+        ids = []
+        async with aclosing(engine.generate(requests[i])) as stream:
+            async for event in stream:
+                if isinstance(event, TokenEvent):
+                    ids.append(event.id)
+                if len(ids) > patience[i]:
+                    break
+        return ids
+
+    async def main(engine: TransformersEngine) -> list[list[int]]:
+        return await asyncio.gather(*(some(engine, i) for i in range(len(requests))))
+
+    roomy = TransformersEngine(tiny, dtype=torch.float64, num_threads=1)
+    wanted = asyncio.run(main(roomy))
+    monkeypatch.setattr("serve.slots.CHUNK", 16)
+    monkeypatch.setattr("serve.transformers_engine.HEADROOM", 4)
+    small = TransformersEngine(tiny, dtype=torch.float64, num_threads=1, max_cache_bytes=roomy._cache.bytes_per_token * 520)
+    small._cache._is_paged = paged
+    small._cache.reset()
+    assert asyncio.run(main(small)) == wanted
+    assert small.stats()["preempted"] > 5
+    wait_until(lambda: small.num_running == 0 and all(a.num_users == 0 for a in small.adapters._loaded.values()))
     small.close()
     roomy.close()
 
