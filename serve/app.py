@@ -8,9 +8,10 @@ empty = the model as it is).
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ UPSCALE_DELAY_S, DOWNSCALE_DELAY_S = 10.0, 300.0
 RETRY_AFTER_S = "1"
 SWEEP_S = 2.0
 """Between two looks for adapters that were deleted."""
+GIVE_BACK_S = 30.0
 DRAIN_S = 120.0  # an unloaded model may finish the answers that it has begun; Serve's own 20 s would cut long ones
 
 
@@ -91,9 +93,10 @@ def application(engine: Engine, chats: Chats, name: str, token: str, max_open: i
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(server.forget_deleted())
+        sweeping = [asyncio.create_task(server.forget_deleted()), asyncio.create_task(give_back_often())]
         yield
-        sweeping.cancel()
+        for task in sweeping:
+            task.cancel()
         await asyncio.to_thread(engine.close)
 
     routes = [
@@ -108,6 +111,19 @@ def application(engine: Engine, chats: Chats, name: str, token: str, max_open: i
         middleware=[Middleware(TokenCheck, token=token)],
         exception_handlers={TuneyardError: show_error, Exception: show_error},
     )
+
+
+async def give_back_often() -> None:
+    while True:
+        await asyncio.sleep(GIVE_BACK_S)
+        await asyncio.to_thread(give_back)
+
+
+def give_back() -> None:
+    """Return to the system what was freed. Each thread allocates from a heap of its own, and glibc keeps all that each ever needed: a few
+    large bodies, read by one thread after the other, would stay for good."""
+    with suppress(OSError, AttributeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class WrongToken(UserError):
