@@ -32,7 +32,7 @@ def lines(record: EvaluationRecord) -> list[str]:
     if record.judge and record.judge.win_rate is not None:
         told.append(_judge_line(record.judge))
     told += [
-        f"{row.task}: {row.metric} base {row.base:.4g}, tuned {row.tuned:.4g} (tuned minus base {row.tuned - row.base:+.4g})."
+        f"{row.task}: {metric_text(row)} base {row.base:.4g}, tuned {row.tuned:.4g} (tuned minus base {row.tuned - row.base:+.4g})."
         for row in record.benchmarks
         if row.group is None
     ]
@@ -73,9 +73,10 @@ def rows(record: EvaluationRecord) -> list[Row]:
         low, high = judge.win_rate_interval
         verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "same"
         found.append(Row(f"Judge {judge.model}", "Win rate", "", f"{judge.win_rate:.0%}", "", f"{low:.0%} to {high:.0%}", verdict))
-    found += [
-        Row(b.task, b.metric, f"{b.base:.4g}", f"{b.tuned:.4g}", f"{b.tuned - b.base:+.4g}") for b in record.benchmarks if b.group is None
-    ]
+    for row in record.benchmarks:
+        if row.group is None:
+            values = (f"{row.base:.4g}", f"{row.tuned:.4g}", f"{row.tuned - row.base:+.4g}")
+            found.append(Row(row.task, metric_text(row), *values))
     return found
 
 
@@ -134,19 +135,23 @@ def renderable(record: EvaluationRecord) -> RenderableType:
 
 
 def _benchmarks(record: EvaluationRecord) -> RenderableType:
-    table = Table(title="Benchmarks (lm-evaluation-harness); tuned minus base below zero is what was forgotten", title_justify="left")
+    table = Table(title="Benchmarks (lm-evaluation-harness); tuned minus base shows what was forgotten", title_justify="left")
     for name in ("task", "metric", "base", "tuned", "difference", "standard error"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     groups = {row.group for row in record.benchmarks}
     parts = [row for row in record.benchmarks if row.group is not None and row.task not in groups]
-    left_out = sorted(parts, key=lambda row: row.tuned - row.base)[MOST_PARTS:]
+    left_out = sorted(parts, key=lambda row: row.gain)[MOST_PARTS:]
     for row in record.benchmarks:
         if row not in left_out:
             task = visible(row.task) if row.group is None else f"  {visible(row.task)}"
-            table.add_row(task, row.metric, f"{row.base:.4g}", f"{row.tuned:.4g}", f"{row.tuned - row.base:+.4g}", error_text(row))
+            table.add_row(task, metric_text(row), f"{row.base:.4g}", f"{row.tuned:.4g}", f"{row.tuned - row.base:+.4g}", error_text(row))
     if left_out:
         table.caption = f"{len(left_out)} parts that were forgotten less are left out; --json, and --output FILE.html, have them all."
     return table
+
+
+def metric_text(row: BenchmarkResult) -> str:
+    return f"{row.metric} (less is better)" if row.less_is_better else row.metric
 
 
 def error_text(row: BenchmarkResult) -> str:
@@ -211,6 +216,7 @@ def page(record: EvaluationRecord) -> str:
         names=report.NAMES,
         faults=_all_faults(record),
         error_text=error_text,
+        metric_text=metric_text,
     )  # fmt: skip
 
 

@@ -186,11 +186,12 @@ def _compared(base: dict[str, Any], tuned: dict[str, Any]) -> list[BenchmarkResu
             if not rest or metric.endswith("_stderr") or not isinstance(value, int | float) or not isinstance(other.get(name), int | float):
                 continue
             errors = [v if isinstance(v := of.get(f"{metric}_stderr,{rest}"), int | float) else None for of in (values, other)]
-            row = {"task": task, "metric": name, "group": group_of.get(task)}
+            less = base.get("higher_is_better", {}).get(task, {}).get(metric) is False
+            row = {"task": task, "metric": name, "group": group_of.get(task), "less_is_better": less}
             found.append(BenchmarkResult(**row, base=value, tuned=other[name], base_error=errors[0], tuned_error=errors[1]))
     groups = set(group_of.values())
 
     def place(row: BenchmarkResult) -> tuple[int, float]:
-        return (0, 0.0) if row.group is None else (1 if row.task in groups else 2, row.tuned - row.base)
+        return (0, 0.0) if row.group is None else (1 if row.task in groups else 2, row.gain)
 
     return sorted(found, key=place)

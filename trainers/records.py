@@ -399,10 +399,16 @@ class BenchmarkResult(BaseModel):
     """As the harness names it, for example `acc,none`."""
     base: float
     tuned: float
-    """Tuned minus base, below zero, is what was forgotten."""
+    less_is_better: bool = False
+    """A perplexity, for example."""
     base_error: float | None = None
     """Standard error, where the harness gives one."""
     tuned_error: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """By how much the tuned model is better; below zero, it forgot."""
+        return self.base - self.tuned if self.less_is_better else self.tuned - self.base
 
 
 class EvaluationRecord(Record):

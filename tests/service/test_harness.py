@@ -269,6 +269,15 @@ def test_rows_and_their_report() -> None:
     assert all(f"<td>{row.task}</td>" in page for row in rows) and ">0.05<" in page  # the errors 0.03 and 0.04 together
 
 
+def test_of_a_perplexity_less_is_better() -> None:
+    base, tuned = ({"results": {"p": {"word_perplexity,none": n}, "q": {"word_perplexity,none": 30.0}}} for n in (20.0, 25.0))
+    known = {"group_subtasks": {"g": ["p", "q"]}, "higher_is_better": {t: {"word_perplexity": False} for t in "pq"}}
+    rows = _compared({**base, **known}, tuned)
+    assert [(row.task, row.gain) for row in rows] == [("p", -5.0), ("q", 0.0)]  # what was forgotten most comes first
+    record = EvaluationRecord(tasks=[], seconds=0, benchmarks=[row.model_copy(update={"group": None}) for row in rows])
+    assert evaluationreport.lines(record)[0].startswith("p: word_perplexity,none (less is better) base 20, tuned 25")
+
+
 def test_what_is_not_there_is_refused(tmp_path: Path, tiny: Path) -> None:
     models = Asked("base", tiny), Asked("tuned", tmp_path / "elsewhere")
     pytest.importorskip("lm_eval")
