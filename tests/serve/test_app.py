@@ -224,18 +224,35 @@ def test_application_entry() -> None:
     assert json.loads(json.dumps(entry["args"])) == {"name": "tiny", "model_dir": "/models/tiny", "token_file": "/home/token"}
 
 
-def test_freed_memory_goes_back_to_the_system() -> None:
-    """In a process of its own: how much malloc holds depends on all that ran before."""
-    code = """
+RESIDENT = """
 import os, pathlib
-from serve.app import give_back
+from serve.app import give_back, give_back_large
 def resident(): return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+"""
+FREED = {
+    "small blocks": """
 blocks = [bytearray(64_000) for _ in range(3000)]
 kept = blocks[::50]  # as what lives long lies between what does not
-del blocks
 before = resident()
+del blocks
 give_back()
-print(before - resident())
-"""
+""",
+    "large blocks": """
+give_back_large()
+bytearray(30 << 20)  # once this is freed, malloc by itself would keep all that is no larger
+blocks, kept = [], []
+for _ in range(10):
+    blocks.append(bytearray(20 << 20))
+    kept.append([bytearray(1000) for _ in range(100)])
+before = resident()
+del blocks
+""",
+}
+
+
+@pytest.mark.parametrize("what", FREED)
+def test_freed_memory_goes_back_to_the_system(what: str) -> None:
+    """In a process of its own: how much malloc holds depends on all that ran before."""
+    code = f"{RESIDENT}{FREED[what]}print(before - resident())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert int(done.stdout) > 150_000_000
