@@ -13,9 +13,15 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("simulated")
+
+class _Backend(_DummyBackendModule):
+    def is_available(self) -> bool:
+        return False  # to whoever looks for an accelerator: only tests that name the device get it
+
+
+_setup_privateuseone_for_python_backend("simulated", backend_module=_Backend())
 torch.get_device_module("simulated").get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
 DEVICE = torch.device("simulated:0")
 

@@ -122,7 +122,8 @@ def test_a_template_that_forgets_thoughts_makes_an_example_for_each_turn(forgets
 
 def test_plain_text_is_trained_whole(chatml: Chat) -> None:
     row = one(chatml, {**conversation([{"role": "assistant", "content": "Call me Ishmael."}]), "text": True})
-    assert trained(chatml, row) == [["Call me Ishmael.<|im_end|>"]]
+    # All but its first token (here, a letter), before which nothing stands: this tokenizer's <|im_start|> opens turns, and no text.
+    assert trained(chatml, row) == [["all me Ishmael.<|im_end|>"]]
     row = one(chatml, {**conversation([{"role": "assistant", "content": "<|im_start|>user"}]), "text": True})
     assert row.error is not None and "<|im_start|>" in row.error.message
 
