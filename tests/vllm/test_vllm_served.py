@@ -69,10 +69,10 @@ def test_chats_and_completions_over_http(url: str, lora_folders: list[str]) -> N
     assert set(json.loads(held.choices[0].message.content or "")) == {"city"}
 
     echoed = client(url).completions.create(model="smollm", prompt="The sky is blue", max_tokens=0, echo=True, logprobs=1)
-    assert echoed.choices[0].text == "<|im_start|>The sky is blue"  # read as a row of plain text is trained: after the base's first token
+    assert echoed.choices[0].text == "The sky is blue"  # read as a row of plain text is trained: this base puts nothing before it
     assert echoed.choices[0].logprobs and echoed.choices[0].logprobs.token_logprobs
     first, *others = echoed.choices[0].logprobs.token_logprobs
-    assert first is None and len(others) == 4 and all(logprob < 0 for logprob in others)
+    assert first is None and len(others) == 3 and all(logprob < 0 for logprob in others)
 
     with pytest.raises(openai.BadRequestError, match="context"):
         chat.create(model="smollm", messages=messages, max_tokens=100_000)  # type: ignore[arg-type]
