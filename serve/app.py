@@ -8,10 +8,9 @@ empty = the model as it is).
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from serve.chats import Chats
 from serve.completions import Completion
 from serve.engine import Engine
 from serve.engines import open_engine
+from serve.heaps import give_back_large, give_back_often
 from serve.streams import sse
 from serve.tools import Form
 from trainers.chat import Chat
@@ -47,8 +47,6 @@ UPSCALE_DELAY_S, DOWNSCALE_DELAY_S = 10.0, 300.0
 RETRY_AFTER_S = "1"
 SWEEP_S = 2.0
 """Between two looks for adapters that were deleted."""
-GIVE_BACK_S = 30.0
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 DRAIN_S = 120.0  # an unloaded model may finish the answers that it has begun; Serve's own 20 s would cut long ones
 
 
@@ -113,28 +111,6 @@ def application(engine: Engine, chats: Chats, name: str, token: str, max_open: i
         middleware=[Middleware(TokenCheck, token=token)],
         exception_handlers={TuneyardError: show_error, Exception: show_error},
     )
-
-
-async def give_back_often() -> None:
-    while True:
-        await asyncio.sleep(GIVE_BACK_S)
-        await asyncio.to_thread(give_back)
-
-
-def give_back() -> None:
-    """Return to the system what was freed. Each thread allocates from a heap of its own, and glibc keeps all that each ever needed: a few
-    large bodies, read by one thread after the other, would stay for good."""
-    with suppress(OSError, AttributeError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def give_back_large() -> None:
-    """Have this process return large blocks at once, and the free ends of its heaps. By itself, glibc keeps the larger ones the larger they
-    were: up to 32 MB a block and 64 MB a heap."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)  # a decoding step's activations are smaller
-        libc.mallopt(M_TRIM_THRESHOLD, 8 << 20)
 
 
 class WrongToken(UserError):

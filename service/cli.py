@@ -553,13 +553,14 @@ def evaluate(
         record = evaluatecommand.follow(client, created["id"], show)
     fault = None
     try:
-        answers = evaluatecommand.Answers(client, created["id"])
-        for entry_point, scorer in scorers.items():
-            answers.score_by(entry_point, scorer, record)
-        if judge and not here:
-            with _asking("judging") as show:
-                kept = Settings.load(home=home).home / "judged" / created["id"]
-                answers.judge_by(Judge(url=judge[0], model=judge[1], cases=judge_cases), record, kept, show)
+        if scorers or (judge and not here):
+            answers = evaluatecommand.Answers(client, created["id"])
+            for entry_point, scorer in scorers.items():
+                answers.score_by(entry_point, scorer, record)
+            if judge and not here:
+                with _asking("judging") as show:
+                    kept = Settings.load(home=home).home / "judged" / created["id"]
+                    answers.judge_by(Judge(url=judge[0], model=judge[1], cases=judge_cases), record, kept, show)
         if benchmark:
             from service.harness import Asked, run_benchmarks
 

@@ -54,7 +54,7 @@ def _task(value: Any, where: str) -> EvalTask:
     try:
         return EvalTask.model_validate(value)
     except ValidationError as error:
-        found = explain(error, EvalTask, "a task")
+        found = explain(error, EvalTask, "task")
         raise SpecError(f"{where}: {found.message}", found.remedy) from None
 
 

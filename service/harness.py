@@ -91,7 +91,7 @@ def _run(base_url: str, key: str, model: Asked, task: str, say: Say, show: Show,
             "add_bos_token": True,  # where the tokenizer itself has one, as it stands before all that was trained
             "max_length": context,  # the harness cuts what is longer; the service would refuse it
             "num_concurrent": BATCH,
-            "max_retries": 8,  # a service that starts again is back within a minute
+            "max_retries": 8,  # over half a minute in all, for a service that starts again
         }
     )
     # For a local file nothing is fetched: if its data lie on a hub, it fails. Who names MMLU wants its data, which lie nowhere else.

@@ -427,7 +427,7 @@ class Placement(Part):
     device: Literal["cpu", "cuda"] = "cpu"
 
 
-def explain(error: ValidationError, root: type[Part], what: str = "a job") -> SpecError:
+def explain(error: ValidationError, root: type[Part], what: str = "job") -> SpecError:
     """The first of pydantic's complaints as one line: key, value, rule; and the nearest known key for a typo."""
     # A typo explains the missing key that it causes, and the deepest complaint is the closest to what was meant.
     urgency = {"extra_forbidden": 0, "missing": 1}
@@ -437,9 +437,9 @@ def explain(error: ValidationError, root: type[Part], what: str = "a job") -> Sp
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(place[-1]), known, n=1)
         remedy = f"Did you mean `{near[0]}`?" if near else f"Known keys here: {', '.join(known)}."
-        return SpecError(f"`{key}` is not a key of {what}.", remedy, key)
+        return SpecError(f"`{key}` is not a key of a {what}.", remedy, key)
     if first["type"] == "missing":
-        return SpecError(f"`{key}` is missing.", f"Add `{place[-1]}` to {what.replace('a ', 'the ')}.", key)
+        return SpecError(f"`{key}` is missing.", f"Add `{place[-1]}` to the {what}.", key)
     value = json.dumps(first["input"], default=str)
     value = value if len(value) <= 80 else value[:77] + "..."
     rules = "; or ".join(

@@ -226,7 +226,7 @@ def test_application_entry() -> None:
 
 RESIDENT = """
 import os, pathlib
-from serve.app import give_back, give_back_large
+from serve.heaps import give_back, give_back_large
 def resident(): return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 """
 FREED = {
